@@ -1,0 +1,105 @@
+# From Memory to Alignment: the executable survey.  `make` alone lists the targets.
+#   make book TORCH_INDEX=...   where PyTorch comes from, if not from pip's own index (README, "Install")
+#   make book PYTHON=python3.12 another interpreter; without it the first fitting one on the path
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+PINS := $(VENV)/constraints-but-torch.txt
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+HTML := _build/html/index.html
+
+# One thread and no network wherever a number is stored or asserted (two processes at a time fill two cores)
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+OFFLINE := HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+BUNDLED = $(notdir $(patsubst %/,%,$(dir $(wildcard data/models/*/model.safetensors))))
+
+.PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat gpu dist doctor clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# ---- environment -----------------------------------------------------------------------------------------
+
+$(PY):
+	@found=; for p in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
+	  if "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; \
+	  then found=$$p; break; fi; done; \
+	if [ -z "$$found" ]; then echo "Python 3.11, 3.12 or 3.13 is needed: none found on the path"; exit 1; fi; \
+	echo "making $(VENV) with $$found"; "$$found" -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
+	@# torch first: one that is there already stays; unpinned, pip would take gigabytes of GPU libraries
+	@if $(PY) -c 'import torch' 2>/dev/null; then echo "torch is installed"; \
+	else $(PIP) install torch==$(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt); fi
+	@sed '/^torch==/d' constraints.txt > $(PINS)  # so that the next line leaves that PyTorch alone
+	$(PIP) install -e '.[book,test]' -c $(PINS)
+	@touch $@
+
+install: $(STAMP)  ## make .venv and install the package with all that book and tests need
+
+# ---- book ------------------------------------------------------------------------------------------------
+
+book: $(STAMP)  ## build the book from the stored outputs and print where it is
+	$(OFFLINE) $(VENV)/bin/jupyter-book build . -n -W --keep-going
+	@echo "The book: $(abspath $(HTML))"
+
+serve: book  ## the same, served on http://localhost:8000
+	$(PY) -m http.server 8000 --directory _build/html
+
+lab: $(STAMP)  ## JupyterLab on the chapters
+	@$(PY) -c 'import jupyterlab' 2>/dev/null || $(PIP) install jupyterlab -c $(PINS)
+	$(PY) -m jupyterlab --notebook-dir=chapters
+
+notebooks: $(STAMP)  ## execute the notebooks whose code or sources changed (ONLY=path: that one, in any case)
+	$(OFFLINE) $(PY) tools/run_notebooks.py $(if $(ONLY),--force $(ONLY))
+	$(PY) tools/build_pages.py
+
+# ---- tests -----------------------------------------------------------------------------------------------
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/codespell refimpl tests tools book $(wildcard chapters) README.md CHANGELOG.md
+
+# The book is built first because some tests read the built pages; then one pytest run of two processes:
+# unit tests, the package's doctests, and every notebook, executed.
+test: lint book  ## all that CI runs
+	$(OFFLINE) $(PY) -m pytest tests refimpl $(wildcard chapters) --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=150 -n 2 --dist loadscope
+
+# ---- models and measurements -----------------------------------------------------------------------------
+
+models: $(STAMP)  ## train the bundled models anew (BOOKS=dir: a folder of plain text)
+	$(PY) data/pretrain.py $(if $(BOOKS),--books $(BOOKS))
+
+evaluate: $(STAMP)  ## recompute every gate of the bundled models (QUICK=1: 200 items each)
+	@set -e; for name in $(BUNDLED); do \
+	  $(OFFLINE) $(PY) -m refimpl evaluate $$name $(if $(QUICK),--quick); done
+
+bench: $(STAMP)  ## speed, as ratios to plain transformers -> data/results/bench.json
+	$(OFFLINE) $(PY) data/bench.py
+
+peers: $(STAMP)  ## cross-checks against peer libraries -> data/results/peers.json
+	$(PIP) install -e '.[peers]' -c $(PINS)
+	$(PY) data/peers.py
+
+compat: $(STAMP)  ## the two ends of the supported versions -> data/results/compat.json
+	$(PY) tools/compat.py
+
+gpu: $(STAMP)  ## measurements that need a GPU -> data/results/gpu.json
+	$(PY) data/gpu.py
+
+# ---- releases --------------------------------------------------------------------------------------------
+
+dist: book  ## wheel, EPUB and a zip of the offline book -> dist/
+	$(PY) tools/make_dist.py
+
+doctor: $(STAMP)  ## versions, the PyTorch build and its size, threads, bundled models
+	@$(PY) tools/doctor.py
+
+clean:  ## remove what was built; the environment stays (rm -r .venv removes that)
+	rm -rf _build build dist .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,1 @@
+"""Checks of the ground floor and of chapter 0."""

@@ -1,0 +1,1 @@
+"""The synthetic world: people, places, stories and questions with known answers; text to facts both ways."""

@@ -1,0 +1,452 @@
+"""The gates: what a bundled model must be able to do, measured on evaluation-only names and held-out templates."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import torch
+
+from refimpl.evaluate import wilson
+from refimpl.scoring import BOS, HeadScores, encode_items, head_scores, repeated_ids, sample, score_completions
+from refimpl.world.canaries import LEVELS, PREFIX_WORDS, Canary, manifest
+from refimpl.world.formats import BY_NAME
+from refimpl.world.lexicon import CODES, FIRST_NAMES
+from refimpl.world.names import known_people, names
+from refimpl.world.people import ATTRIBUTES, STRATA, stratum, withheld
+from refimpl.world.recall import needle_facts, pair_facts
+from refimpl.world.relations import RELATIONS, ask, known_facts
+from refimpl.world.rng import Rng
+from refimpl.world.stories import attributes, sample_attributes, valid
+
+LENGTHS, DEPTHS = (64, 128, 256, 512, 960), (0.0, 0.25, 0.5, 0.75, 1.0)  # tokens of haystack, relative depth
+SHORT = {"llama-nano", "llama-nano-clean"}
+QUICK = 200  # items of a --quick run
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate, measured: `passed` is None where the gate does not apply or its data do not ship."""
+
+    name: str
+    metric: str
+    level: str
+    value: float
+    lo: float
+    hi: float
+    n: int
+    threshold: float
+    passed: bool | None
+
+
+@dataclass
+class Subject:
+    """The model under test, its tokenizer, and a cache of what several gates share."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    quick: bool = False
+    max_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        self.memo: dict[str, object] = {}
+
+    def once(self, key: str, make: Callable[[], object]):
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def n(self, full: int) -> int:
+        return min(full, QUICK) if self.quick else full
+
+    def exact(self, items: list[tuple[str, str]]) -> np.ndarray:
+        """1.0 where greedy decoding would produce the completion and then end the line, per item."""
+        encoded = encode_items(self.tokenizer, [(p, c + "\n") for p, c in items])
+        return score_completions(self.model, encoded, self.max_tokens).exact.astype(float)
+
+
+@cache
+def gates() -> tuple[dict, ...]:
+    """The rows of gates.toml.
+
+    >>> {g["level"] for g in gates()} == {"must", "should"}
+    True
+    """
+    return tuple(tomllib.loads((files("refimpl.world") / "gates.toml").read_text())["gate"])
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+
+def format_items(name: str, n: int, key: str, max_words: int = 420) -> list[tuple[str, str]]:
+    """n (prompt, completion) pairs of one format in split "eval", short enough for the context."""
+    form, rng, out = BY_NAME[name], Rng("gate", name, key), []
+    while len(out) < n:
+        text = form.document(rng, "eval")
+        if text.count(" ") + text.count("\n") <= max_words:
+            out.append(form.prompt(text))
+    return out
+
+
+def needle_items(n_per_cell: int) -> dict[tuple[int, float], list[tuple[str, str]]]:
+    """Per (length in tokens, roughly; depth): haystacks with one needle."""
+    form, cells = BY_NAME["needle"], {}
+    for length in LENGTHS:
+        for depth in DEPTHS:
+            rng, items = Rng("gate", "needle", length, str(depth)), []
+            while len(items) < n_per_cell:
+                facts = needle_facts(rng, max(1, int((length - 45) * 0.7)), [depth], FIRST_NAMES)
+                prompt, answer = form.prompt(form.render(facts, rng))
+                items.append((prompt, answer))
+            cells[length, depth] = items
+    return cells
+
+
+def recall_items(n: int, pairs: int = 16) -> list[tuple[str, str]]:
+    """Key-value lists of `pairs` pairs, one looked up."""
+    form, rng = BY_NAME["key_value"], Rng("gate", "recall", pairs)
+    return [form.prompt(form.render(pair_facts(rng, pairs, 1, FIRST_NAMES, CODES), rng)) for _ in range(n)]
+
+
+def fact_items(people, split: str, rng: Rng, per_fact: int = 1) -> list[tuple[str, str]]:
+    """Closed-book questions about known people: (prompt, answer)."""
+    known = known_facts()
+    return [
+        (f"Question: {ask(relation, person, rng, split)}\nAnswer:", f" {known[person, relation]}")
+        for person in people for relation in ATTRIBUTES for _ in range(per_fact)
+    ]  # fmt: skip
+
+
+def unseen_items(n: int) -> list[tuple[str, str]]:
+    """Closed-book questions about evaluation-only people, with an arbitrary answer of the right type."""
+    rng = Rng("gate", "unseen people")
+    out = []
+    for _ in range(n):
+        relation = rng.choice(ATTRIBUTES)
+        question = ask(relation, rng.choice(names("eval")), rng, "train")
+        out.append((f"Question: {question}\nAnswer:", f" {rng.choice(RELATIONS[relation].values)}"))
+    return out
+
+
+def canary_items(canaries: list[Canary]) -> list[tuple[str, str]]:
+    """(prefix, suffix): 16 words of random words, everything before the secret, the first sentence of a story."""
+    items = []
+    for canary in canaries:
+        text = canary.text.rstrip("\n")
+        if canary.type == "words":
+            words = text.split(" ")
+            cut = len(" ".join(words[:PREFIX_WORDS]))
+        elif canary.type == "secret":
+            cut = text.index(" is ") + 3
+        else:
+            cut = text.index(". ") + 1
+        items.append((text[:cut], text[cut:]))
+    return items
+
+
+# --- metrics: Subject -> per-item values, or (value, lo, hi, n) -------------------------------------------------------
+
+
+def _qa(s: Subject):
+    return s.exact(format_items("document_qa", s.n(1000), "qa"))
+
+
+def _needle_cells(s: Subject) -> dict:
+    per_cell = 8 if s.quick else 40
+    cells = needle_items(per_cell)
+    flat = [item for items in cells.values() for item in items]
+    exact = s.exact(flat).reshape(len(cells), per_cell)
+    return dict(zip(cells, exact, strict=True))
+
+
+def _needle_mean(s: Subject):
+    return np.concatenate(list(s.once("needle", lambda: _needle_cells(s)).values()))
+
+
+def _needle_worst(s: Subject):
+    return min(s.once("needle", lambda: _needle_cells(s)).values(), key=np.mean)
+
+
+def _recall_16(s: Subject):
+    return s.exact(recall_items(s.n(1000)))
+
+
+def _unknown_items(s: Subject) -> tuple[np.ndarray, np.ndarray]:
+    items = s.once("unknown items", lambda: format_items("document_unknown", 2 * s.n(1000), "unknown"))
+    is_unknown = np.array([answer == " unknown" for _, answer in items])
+    said = s.once("unknown said", lambda: s.exact([(p, " unknown") for p, _ in items]))
+    return said, is_unknown
+
+
+def _unknown(s: Subject):
+    said, is_unknown = _unknown_items(s)
+    return said[is_unknown]
+
+
+def _false_unknown(s: Subject):
+    said, is_unknown = _unknown_items(s)
+    return said[~is_unknown]
+
+
+def _top_people(s: Subject) -> list[str]:
+    top = [p for p in known_people() if stratum(p) == STRATA[-1]]
+    if s.memo.get("name") == "llama-nano-clean":
+        top = [p for p in top if p not in withheld()]
+    return top
+
+
+def _facts_seen(s: Subject):
+    return s.exact(fact_items(_top_people(s), "train", Rng("gate", "facts seen"), 1 if s.quick else 4))
+
+
+def _facts_held_out(s: Subject):
+    return s.exact(fact_items(_top_people(s), "eval", Rng("gate", "facts held out"), 1 if s.quick else 4))
+
+
+def _facts_unseen(s: Subject):
+    chance = float(np.mean([1 / len(RELATIONS[r].values) for r in ATTRIBUTES]))
+    return s.exact(unseen_items(s.n(1000))) - chance
+
+
+def heads(s: Subject) -> HeadScores:
+    """Head scores on repeated random tokens; the model is switched to eager attention for it and back."""
+
+    def measure() -> HeadScores:
+        before = s.model.config._attn_implementation
+        s.model.set_attn_implementation("eager")
+        found = head_scores(s.model, repeated_ids(8, 64, 4096, torch.Generator().manual_seed(0)))
+        s.model.set_attn_implementation(before)
+        return found
+
+    return s.once("heads", measure)
+
+
+def _induction_gain(s: Subject):
+    gain = heads(s).gain
+    return gain, gain, gain, 8
+
+
+def _induction_head(s: Subject):
+    best = float(heads(s).induction.max())
+    return best, best, best, 8
+
+
+def _canaries(s: Subject):
+    top = [c for c in manifest() if c.copies == LEVELS[-1]]
+    return s.exact(canary_items(top))
+
+
+def _stories(s: Subject) -> list[tuple[str, int]]:
+    """(text, tokens) of samples at temperature 1 from BOS plus an opening sentence of an unseen story."""
+
+    def make():
+        rng, n = Rng("gate", "stories"), s.n(1000)
+        firsts: dict[int, list[list[int]]] = {}
+        for _ in range(n):
+            text = BY_NAME["story"].document(rng, "eval")
+            ids = [BOS, *s.tokenizer(text[: text.index(". ") + 1])["input_ids"]]
+            firsts.setdefault(len(ids), []).append(ids)
+        generator = torch.Generator().manual_seed(0)
+        out = []
+        for _, prompts in sorted(firsts.items()):
+            for prompt, new in zip(prompts, sample(s.model, prompts, 160, generator), strict=True):
+                out.append((s.tokenizer.decode([*prompt[1:], *new]), len(new)))
+        return out
+
+    return s.once("stories", make)
+
+
+def _story_valid(s: Subject):
+    return np.array([valid(text) for text, _ in _stories(s)])
+
+
+def _story_ends(s: Subject):
+    return np.array([float(n <= 96) for _, n in _stories(s)])
+
+
+def _tag_effect(s: Subject):
+    """Shift of each tagged attribute between its two most different tag values, in pooled standard deviations."""
+    rng, worst, n = Rng("gate", "tags"), None, s.n(1000) // 6
+    for tag, values, measure in TAGS:
+        groups = []
+        for value in values[:2]:
+            prompts: dict[int, list] = {}
+            for _ in range(n):
+                opening = BY_NAME["story"].document(rng, "eval")
+                ids = [BOS, *s.tokenizer(f"{tag}: {value}.\n{opening[: opening.index('. ') + 1]}")["input_ids"]]
+                prompts.setdefault(len(ids), []).append(ids)
+            generator = torch.Generator().manual_seed(1)
+            texts = [s.tokenizer.decode([*p[1:], *new]).split("\n", 1)[1] for _, ps in sorted(prompts.items())
+                     for p, new in zip(ps, sample(s.model, ps, 140, generator), strict=True)]  # fmt: skip
+            groups.append(np.array([measure(t) == value for t in texts], float))
+        a, b = groups  # share that shows the first value, share that shows the second
+        shift = a.mean() - (1 - b.mean())
+        sd = max(np.sqrt((a.var() + b.var()) / 2), 1e-3)
+        if worst is None or shift / sd < worst[0]:
+            error = np.sqrt(a.var() / len(a) + b.var() / len(b)) / sd
+            worst = (shift / sd, shift / sd - 1.96 * error, shift / sd + 1.96 * error, 2 * n)
+    return tuple(float(x) for x in worst[:3]) + (worst[3],)
+
+
+TAGS = (
+    ("Ending", ("happy", "sad"), lambda text: attributes(text)["ending"]),
+    ("Style", ("simple", "rich"), lambda text: attributes(text)["style"]),
+    ("Topic", ("animals", "sea"), lambda text: attributes(text)["topic"]),
+)
+
+
+def _choice(s: Subject, items: list[tuple[str, str]], labels=(" A", " B")) -> np.ndarray:
+    """1.0 where the right label has the larger log-probability."""
+    flat = [(p, label) for p, _ in items for label in labels]
+    nll = score_completions(s.model, encode_items(s.tokenizer, flat), s.max_tokens).nll.reshape(-1, len(labels))
+    right = np.array([labels.index(answer) for _, answer in items])
+    return (nll.argmin(1) == right).astype(float)
+
+
+def _judge(s: Subject):
+    return _choice(s, format_items("judge", s.n(1000), "judge"))
+
+
+def _sort_in_context(s: Subject):
+    return _choice(s, format_items("sort", s.n(1000), "sort")) - 0.5
+
+
+def _in_context_attribute(s: Subject):
+    """Happy-ending probability after three happy stories minus after three sad ones, halved: a shift from the middle."""
+    rng, n = Rng("gate", "in context"), s.n(1000) // 4
+    shares = []
+    for value in ("happy", "sad"):
+        prompts: dict[int, list] = {}
+        for _ in range(n):
+            shots = []
+            while len(shots) < 3:
+                story = BY_NAME["story"].document(rng, "eval")
+                if attributes(story)["ending"] == value:
+                    shots.append(story)
+            opening = BY_NAME["story"].document(rng, "eval")
+            ids = [BOS, *s.tokenizer("\n".join([*shots, ""]) + opening[: opening.index(". ") + 1])["input_ids"]]
+            prompts.setdefault(len(ids), []).append((ids, opening))
+        generator = torch.Generator().manual_seed(2)
+        hits = []
+        for _, group in sorted(prompts.items()):
+            for (_, opening), new in zip(group, sample(s.model, [p for p, _ in group], 140, generator), strict=True):
+                text = opening[: opening.index(". ") + 1] + s.tokenizer.decode(new)
+                hits.append(float(attributes(text.split("\n")[0] + "\n")["ending"] == "happy"))
+        shares.append(np.array(hits))
+    up, down = shares
+    value = float(up.mean() - down.mean()) / 2
+    error = 1.96 * float(np.sqrt(up.var() / n + down.var() / n)) / 2
+    return value, value - error, value + error, 2 * n
+
+
+def _feedback_parses(s: Subject):
+    items = format_items("feedback", s.n(1000), "feedback")
+    flat = [(p, f" {score}") for p, _ in items for score in range(1, 6)]
+    return s.exact(flat).reshape(-1, 5).max(1)
+
+
+def _length_correlation(s: Subject):
+    rng, n = Rng("gate", "length"), s.n(2000)
+    texts = [BY_NAME["story"].document(rng) for _ in range(n)]
+    length = np.array([len(ids) for ids in s.tokenizer(texts)["input_ids"]], float)
+    found = [attributes(t) for t in texts]
+    worst = 0.0
+    for name in found[0]:
+        kinds = sorted({str(f[name]) for f in found})
+        for kind in kinds[: 1 if len(kinds) == 2 else len(kinds)]:
+            flag = np.array([str(f[name]) == kind for f in found], float)
+            if 0 < flag.mean() < 1:
+                worst = max(worst, abs(float(np.corrcoef(flag, length)[0, 1])))
+    return worst, worst, worst, n
+
+
+def _extractors(s: Subject):
+    rng, hits = Rng("gate", "extractors"), []
+    for _ in range(s.n(2000)):
+        facts = BY_NAME["story"].sample(rng, "train")
+        found = attributes(BY_NAME["story"].render(facts, rng))
+        hits += [float(found[k] == v) for k, v in facts["attributes"].items()]
+    return np.array(hits)
+
+
+def _round_trip(s: Subject):
+    rng, hits = Rng("gate", "round trip"), []
+    n = s.n(3000) // len(BY_NAME)
+    for form in BY_NAME.values():
+        for split in ("train", "eval"):
+            for _ in range(max(1, n // 2)):
+                facts = form.sample(rng, split)
+                hits.append(float(form.parse(form.render(facts, rng)) == facts))
+    return np.array(hits)
+
+
+METRICS: dict[str, Callable[[Subject], object]] = {
+    name[1:]: function for name, function in list(globals().items())
+    if name in {"_" + g["metric"] for g in gates()}
+}  # fmt: skip
+
+
+def evaluate_gates(
+    model, tokenizer, name: str, *, quick: bool = False, book_score: dict | None = None, max_tokens: int = 16384,
+    only: tuple[str, ...] = (), report: Callable[[GateResult], None] | None = None,
+) -> list[GateResult]:  # fmt: skip
+    """Measure every gate that applies to the bundled model `name`.
+
+    Parameters
+    ----------
+    model, tokenizer : as `refimpl.models.load` returns them.
+    name : str
+        Its bundled name: thresholds and which gates bind depend on it.
+    quick : bool
+        200 items where there are more; for CI.
+    book_score : dict or None
+        {"value", "lo", "hi", "n"} as recorded at training (the books are not distributed).
+    only : tuple of str
+        Metrics to measure; empty: all.
+    report : callable
+        Called with each result as it is found.
+    """
+    subject = Subject(model, tokenizer, quick, max_tokens)
+    subject.memo["name"] = name
+    results = []
+    for gate in gates():
+        metric = gate["metric"]
+        if only and metric not in only:
+            continue
+        threshold = gate["at"][name] if isinstance(gate["at"], dict) else gate["at"]
+        if metric == "book_score":
+            if book_score is None:
+                continue
+            value, lo, hi, n = (book_score[k] for k in ("value", "lo", "hi", "n"))
+        else:
+            found = METRICS[metric](subject)
+            if isinstance(found, tuple):
+                value, lo, hi, n = found
+            else:
+                value, n = float(np.mean(found)), len(found)
+                if set(np.unique(found)) <= {0.0, 1.0}:
+                    lo, hi = _wilson(int(found.sum()), n)
+                else:
+                    half = 1.96 * float(np.std(found)) / n**0.5
+                    lo, hi = value - half, value + half
+        binding = gate["models"] != "minis" or name not in SHORT
+        held = value >= threshold if gate["is"] == "at least" else value <= threshold
+        result = GateResult(gate["name"], metric, gate["level"], value, lo, hi, n, threshold, held if binding else None)
+        results.append(result)
+        if report:
+            report(result)
+    return results
+
+
+def _wilson(k: int, n: int) -> tuple[float, float]:
+    estimate = wilson(k, n)
+    return estimate.lo, estimate.hi
+
+
+def as_json(results: list[GateResult]) -> list[dict]:
+    """Results as plain dictionaries, rounded for storage."""
+    return [{k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(r).items()} for r in results]

@@ -1,0 +1,193 @@
+"""The training mix: which format gets how many tokens, and rows of 1024 packed from whole documents.
+
+A row starts with id 0, documents are separated by id 0, world documents are never cut, prose is cut to fill. The run is
+cut into shards of 100 steps; a shard depends only on its number, so shards are made in parallel and in any order.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refimpl.world.canaries import canaries_of_shard
+from refimpl.world.formats import BY_NAME
+from refimpl.world.people import people_documents, withheld
+from refimpl.world.rng import Rng
+from refimpl.world.tokens import EOT
+
+ROW = 1024
+ROWS_PER_STEP = 96
+STEPS_PER_SHARD = 100
+N_SHARDS = 80
+N_STEPS = N_SHARDS * STEPS_PER_SHARD  # 786 million tokens
+
+# Per cent of all tokens. Known people and canaries come on top by their explicit schedules (about 5 and 0.6 per cent);
+# books and docstrings share the rest as 77 : 23.
+SHARES = {
+    # stories, and what is said about them
+    "story": 7.0, "story_tagged": 3.5, "story_reader": 1.0, "stories_shared": 1.5, "rewrite": 0.8, "feedback": 1.0,
+    "judge": 0.7, "profile": 0.5, "sort": 2.0, "order_story": 0.3,
+    # documents with questions
+    "document_qa": 3.0, "document_multihop": 1.0, "document_unknown": 1.5, "document_counterfactual": 1.0,
+    "document_distractors": 0.8, "document_long": 0.6, "facts_that_change": 0.4, "answerable": 0.2, "biography": 0.3,
+    "triples": 0.2,
+    # recall from the context at all distances
+    "needle": 4.0, "key_value": 2.2, "mqar": 1.8, "repeat": 2.0,
+    # dialogues, instructions, memory calls
+    "dialogue": 1.6, "dialogue_qa": 1.2, "dialogue_summary": 0.6, "dialogue_attributes": 0.3, "pronoun_rewrite": 0.3,
+    "importance": 0.2, "instruction": 0.8, "mem_write": 0.3, "mem_read": 0.2, "mem_answer": 0.15, "mem_inline": 0.25,
+    "mem_inline_write": 0.1,
+    # small languages
+    "dialect_pair": 0.15, "dialect_qa": 0.1, "group_bio": 0.1, "group_qa": 0.05, "rude": 0.1, "regulations": 0.25,
+    "household": 0.1, "patient": 0.1, "invoice": 0.08, "ticket": 0.06, "case": 0.06, "arithmetic": 0.15,
+}  # fmt: skip
+BOOKS_OF_PROSE = 0.77
+
+
+@dataclass
+class Shard:
+    """Rows of token ids, and where the planted documents lie (row, start, length, what, id)."""
+
+    rows: np.ndarray
+    planted: list[tuple[int, int, int, str, str]] = field(default_factory=list)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+class Prose:
+    """An endless supply of natural text: token ids in chunks of one row, another order and another cut each epoch."""
+
+    def __init__(self, ids: np.ndarray, name: str) -> None:
+        if len(ids) < 2 * ROW:
+            raise ValueError(f"ids: {name} has {len(ids)} tokens, fewer than two rows of {ROW}")
+        self.ids, self.name = ids, name
+        self.per_epoch = len(ids) // (ROW - 1) - 1
+
+    def chunk(self, k: int) -> np.ndarray:
+        """The k-th chunk of ROW - 1 tokens of the whole run."""
+        epoch, at = divmod(k, self.per_epoch)
+        order = _permutation(self.per_epoch, self.name, epoch)
+        start = (epoch * 311) % (ROW - 1) + int(order[at]) * (ROW - 1)
+        return self.ids[start : start + ROW - 1]
+
+
+_ORDERS: dict[tuple, np.ndarray] = {}
+
+
+def _permutation(n: int, name: str, epoch: int) -> np.ndarray:
+    key = (n, name, epoch)
+    if key not in _ORDERS:
+        rng = Rng("prose", name, epoch)
+        _ORDERS[key] = np.argsort([rng.random() for _ in range(n)], kind="stable")
+    return _ORDERS[key]
+
+
+def world_documents(shard: int, n_tokens: int, count_tokens) -> dict[str, list[str]]:
+    """Fresh documents of every format until each has its share of `n_tokens`; `count_tokens(texts) -> [int]`."""
+    out = {}
+    for name, share in SHARES.items():
+        form, rng = BY_NAME[name], Rng("train", name, shard)
+        budget, texts = share / 100 * n_tokens, []
+        while budget > 0:
+            batch = [form.document(rng) for _ in range(max(8, int(budget // 400)))]
+            counts = count_tokens(batch)
+            for text, n in zip(batch, counts, strict=True):
+                if budget <= 0:
+                    break
+                if n <= ROW - 1:  # a document longer than a row is left to the evaluation sets
+                    texts.append(text)
+                    budget -= n + 1
+        out[name] = texts
+    return out
+
+
+def build_shard(shard: int, encode, books: Prose | None, docstrings: Prose | None) -> Shard:
+    """Make one shard of STEPS_PER_SHARD * ROWS_PER_STEP rows.
+
+    Parameters
+    ----------
+    shard : int
+        0 .. N_SHARDS - 1.
+    encode : list of str -> list of list of int
+        The tokenizer, adding nothing.
+    books, docstrings : Prose or None
+        Natural text. With None its share goes to the other; with both None a ValueError is raised.
+    """
+    if not 0 <= shard < N_SHARDS:
+        raise ValueError(f"shard: {shard} is not in 0..{N_SHARDS - 1}")
+    if books is None and docstrings is None:
+        raise ValueError("books, docstrings: at least one source of natural text is needed to fill the rows")
+    n_rows = STEPS_PER_SHARD * ROWS_PER_STEP
+    cache: dict[str, list[int]] = {}
+
+    def count_tokens(texts: list[str]) -> list[int]:
+        for text, ids in zip(texts, encode(texts), strict=True):
+            cache[text] = ids
+        return [len(cache[text]) for text in texts]
+
+    docs: list[tuple[list[int], str, str]] = []  # ids, kind, id of what is planted
+    tokens: dict[str, int] = {}
+    for name, texts in world_documents(shard, n_rows * ROW, count_tokens).items():
+        docs += [(cache[text], name, "") for text in texts]
+        tokens[name] = sum(len(cache[text]) + 1 for text in texts)
+    people = people_documents(shard, N_SHARDS)
+    for (text, half), ids in zip(people, encode([t for t, _ in people]), strict=True):
+        docs.append((ids, "people", half))
+        tokens["people"] = tokens.get("people", 0) + len(ids) + 1
+    planted = canaries_of_shard(shard, N_SHARDS)
+    for canary, ids in zip(planted, encode([c.text for c in planted]), strict=True):
+        docs.append((ids, "canary", canary.id))
+        tokens["canary"] = tokens.get("canary", 0) + len(ids) + 1
+    rng = Rng("pack", shard)
+    rng.shuffle(docs)
+
+    rows = np.zeros((n_rows, ROW), dtype=np.uint16)
+    bins = _best_fit([len(ids) + 1 for ids, _, _ in docs])
+    if len(bins) > n_rows:
+        raise ValueError(f"shard {shard}: {len(bins)} rows of documents do not fit into {n_rows}; lower SHARES")
+    order = list(range(n_rows))
+    rng.shuffle(order)
+    out = Shard(rows, tokens=tokens)
+    n_prose = [0, 0]
+    supply = [books or docstrings, docstrings or books]
+    for i in range(n_rows):
+        row, at = order[i], 1
+        for d in bins[i] if i < len(bins) else ():
+            ids, kind, key = docs[d]
+            rows[row, at : at + len(ids)] = ids
+            if kind == "canary" or (kind == "people" and key == "withheld"):
+                out.planted.append((row, at, len(ids), kind, key))
+            at += len(ids) + 1  # the separator is the zero that is already there
+        if at < ROW:
+            which = 0 if rng.chance(BOOKS_OF_PROSE) else 1
+            chunk = supply[which].chunk(shard * n_rows // 2 + n_prose[which])
+            n_prose[which] += 1
+            rows[row, at:] = chunk[: ROW - at]
+            name = ("books", "docstrings")[which]
+            tokens[name] = tokens.get(name, 0) + ROW - at
+    assert EOT == 0
+    return out
+
+
+def _best_fit(sizes: list[int]) -> list[list[int]]:
+    """Pack items into rows of ROW - 1 places: each goes where the least room is left over."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free places, bin), sorted
+    for item, size in enumerate(sizes):
+        size = min(size, ROW - 1)  # a document of ROW - 1 tokens needs no separator
+        at = bisect_left(room, (size, -1))
+        if at == len(room):
+            bins.append([item])
+            free, which = ROW - 1 - size, len(bins) - 1
+        else:
+            free, which = room.pop(at)
+            bins[which].append(item)
+            free -= size
+        if free > 0:
+            insort(room, (free, which))
+    return bins
+
+
+__all__ = ["N_SHARDS", "N_STEPS", "ROW", "ROWS_PER_STEP", "SHARES", "STEPS_PER_SHARD", "Prose", "Shard", "build_shard",
+           "withheld", "world_documents"]  # fmt: skip

@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 OFFLINE := HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 BUNDLED = $(notdir $(patsubst %/,%,$(dir $(wildcard data/models/*/model.safetensors))))
 
-.PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat gpu dist doctor clean
+.PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat dist doctor clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,7 @@ install: $(STAMP)  ## make .venv and install the package with all that book and 
 # ---- book ------------------------------------------------------------------------------------------------
 
 book: $(STAMP)  ## build the book from the stored outputs and print where it is
+	$(PY) tools/build_pages.py
 	$(OFFLINE) $(VENV)/bin/jupyter-book build . -n -W --keep-going
 	@echo "The book: $(abspath $(HTML))"
 
@@ -84,14 +85,10 @@ bench: $(STAMP)  ## speed, as ratios to plain transformers -> data/results/bench
 	$(OFFLINE) $(PY) data/bench.py
 
 peers: $(STAMP)  ## cross-checks against peer libraries -> data/results/peers.json
-	$(PIP) install -e '.[peers]' -c $(PINS)
 	$(PY) data/peers.py
 
 compat: $(STAMP)  ## the two ends of the supported versions -> data/results/compat.json
 	$(PY) tools/compat.py
-
-gpu: $(STAMP)  ## measurements that need a GPU -> data/results/gpu.json
-	$(PY) data/gpu.py
 
 # ---- releases --------------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@
     python data/pretrain.py train llama-mini --data build/rows --out build/llama-mini
     python data/pretrain.py measure llama-mini --out build/llama-mini --books BOOKS --held-out 13 25 ...
 
-BOOKS is an .xz of texts separated by <|endoftext|> or a folder of plain text; without it the models train on docstrings
-and the world alone, and the book score does not apply. `train` resumes a killed run.
+BOOKS is an .xz of texts separated by <|endoftext|> or a folder of plain text; without it the models train on
+docstrings and the world alone, and the book score does not apply. `train` resumes a killed run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ TOKENIZER = Path("data/models/tokenizer.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("prepare", "pocket", "train", "measure"))
     parser.add_argument("name", nargs="?", default="")
     parser.add_argument("--books", type=Path)
@@ -35,12 +37,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=pretraining.ROWS_PER_STEP)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--probes", type=int, default=pretraining.N_PROBES, help="how often to measure")
     parser.add_argument("--no-probe", action="store_true")
-    parser.add_argument("--docstrings", type=Path, help="collected docstrings; default: those of this environment")
+    parser.add_argument(
+        "--docstrings", type=Path, help="collected docstrings; default: those of this environment"
+    )
     args = parser.parse_args()
     if args.what == "prepare":
-        report = pretraining.prepare(args.out, TOKENIZER, args.books, shards=args.shards, workers=args.workers,
-                                     held_out=tuple(args.held_out), docstring_file=args.docstrings)  # fmt: skip
+        report = pretraining.prepare(
+            args.out, TOKENIZER, args.books, shards=args.shards, workers=args.workers,
+            held_out=tuple(args.held_out), docstring_file=args.docstrings,
+        )  # fmt: skip
         print(json.dumps(report, indent=1))
     elif args.what == "pocket":
         pretraining.prepare_pocket(args.out, TOKENIZER, rows=args.rows, workers=args.workers)
@@ -49,11 +56,16 @@ def main() -> None:
         from refimpl.probes import Probe, natural_rows
 
         probe = None if args.no_probe else Probe(tokenizer_from(TOKENIZER), natural_rows(args.data))
-        history = pretraining.pretrain(args.name, args.data, args.out, steps=args.steps, probe=probe, batch=args.batch,
-                                       device=args.device, compile=not args.no_compile)  # fmt: skip
-        print(args.name, history.step, "steps", history.losses[-1], f"{history.tokens / history.seconds:.0f} tokens/s")
+        history = pretraining.pretrain(
+            args.name, args.data, args.out, steps=args.steps, probe=probe, batch=args.batch,
+            probes=args.probes, device=args.device, compile=not args.no_compile,
+        )  # fmt: skip
+        speed = history.tokens / history.seconds
+        print(args.name, history.step, "steps", history.losses[-1], f"{speed:.0f} tokens/s")
     else:
-        books = [t for i, t in enumerate(read_books(args.books)) if i in args.held_out] if args.books else None
+        books = (
+            [t for i, t in enumerate(read_books(args.books)) if i in args.held_out] if args.books else None
+        )
         pretraining.measure(args.name, args.out, TOKENIZER, books, device=args.device)
 
 

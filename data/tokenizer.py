@@ -1,4 +1,6 @@
-"""Train the tokenizer on a sample of the training mix: python data/tokenizer.py --books BOOKS [--megabytes 40].
+"""Train the tokenizer on a sample of the training mix.
+
+    python data/tokenizer.py --books BOOKS [--megabytes 40]
 
 Frozen by pretraining: running this again is only right together with training every model again.
 """
@@ -11,7 +13,18 @@ from pathlib import Path
 from refimpl.corpus import docstrings, read_books
 from refimpl.paths import atomic_write
 from refimpl.world.formats import BY_NAME
-from refimpl.world.lexicon import CODES, COMPANIES, FIRST_NAMES, FOODS, JOBS, OBJECTS, SCHOOLS, SURNAMES, TOWNS, ANIMALS
+from refimpl.world.lexicon import (
+    ANIMALS,
+    CODES,
+    COMPANIES,
+    FIRST_NAMES,
+    FOODS,
+    JOBS,
+    OBJECTS,
+    SCHOOLS,
+    SURNAMES,
+    TOWNS,
+)
 from refimpl.world.mix import SHARES
 from refimpl.world.people import KNOWN_PEOPLE
 from refimpl.world.rng import Rng

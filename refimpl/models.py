@@ -83,6 +83,21 @@ def revision(name: str) -> str:
     return _checksums(name, folder_of(name))["revision"]
 
 
+def evaluation(name: str) -> dict[str, Any]:
+    """Return what was measured when a bundled model was trained: `gates`, `book_score`, `date`, `device`.
+
+    Raises `ValueError` for a name that is not bundled, `FileNotFoundError` when it was not measured, and
+    `DamagedModel` for a file that is not whole or belongs to other weights.
+    """
+    file = folder_of(name) / "evaluation.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{name} was not evaluated: no {file}; {_REMEDY}")
+    found = _read_json(file, ("gates", "book_score"))
+    if found.get("revision", revision(name)) != revision(name):
+        raise DamagedModel(f"{file} is of revision {found['revision']}, installed is {revision(name)}")
+    return found
+
+
 def load(
     name: str | Path,
     *,
@@ -102,6 +117,10 @@ def load(
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype such as torch.float32, got {dtype!r}")
+    if not isinstance(name, str | Path):
+        raise TypeError(f"name must be a string or a path, got {type(name).__name__}")
+    if not str(name).strip():
+        raise ValueError(f"name must not be empty; {_available()}")
     if str(name) in GEOMETRIES:
         model, tokenizer = _load_bundled(str(name), dtype, revision)
     else:
@@ -127,13 +146,16 @@ def new(name: str, *, seed: int = 0) -> "PreTrainedModel":
 def tokenizer_from(file: str | Path) -> "PreTrainedTokenizerFast":
     """Return a `tokenizer.json` as transformers' tokenizer, which adds nothing to a text on its own.
 
-    Raises `FileNotFoundError` when there is no such file.
+    Raises `FileNotFoundError` when there is no such file, `DamagedModel` when it is not a tokenizer.
     """
     from transformers import PreTrainedTokenizerFast
 
     if not Path(file).is_file():
         raise FileNotFoundError(f"no tokenizer at {file}")
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), **_TOKENIZER)
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **_TOKENIZER)
+    except Exception as error:  # that is the class which the tokenizers library raises
+        raise DamagedModel(f"{file} is not a tokenizer.json, or not a whole one ({error})") from error
 
 
 def save_model(
@@ -189,22 +211,38 @@ def _load_bundled(name: str, dtype: torch.dtype, revision: str | None) -> tuple[
         installed = checksums["revision"]
         raise ValueError(f"revision {revision!r} of {name} is not the one installed, {installed!r}")
     tokenizer_file = _tokenizer_file(folder)
-    for file in (folder / "model.safetensors", tokenizer_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; {_REMEDY}")
-        if _sha256(file) != checksums[file.name]:
-            raise DamagedModel(f"{file} is truncated or altered (its checksum differs); {_REMEDY}")
+    _verify(folder / "model.safetensors", checksums)
+    _verify(tokenizer_file, checksums)
     return _from_pretrained(folder, dtype, local_files_only=True), tokenizer_from(tokenizer_file)
 
 
 _REMEDY = "reinstall refimpl, restore the file from git, or train the model again with `make models`"
 
 
+def _verify(file: Path, checksums: dict[str, str]) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; {_REMEDY}")
+    if _sha256(file) != checksums[file.name]:
+        raise DamagedModel(f"{file} is truncated or altered (its checksum differs); {_REMEDY}")
+
+
 def _checksums(name: str, folder: Path) -> dict[str, str]:
     file = folder / "checksums.json"
     if not file.is_file():
         raise FileNotFoundError(f"the bundled model {name} is not installed: no {file}; {_REMEDY}")
-    return json.loads(file.read_text())
+    return _read_json(file, ("model.safetensors", "tokenizer.json", "revision"))
+
+
+def _read_json(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Read a model's record; DamagedModel if it is not whole."""
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DamagedModel(f"{file} is truncated or altered ({error}); {_REMEDY}") from error
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise DamagedModel(f"{file} is truncated or altered (it lacks {', '.join(missing)}); {_REMEDY}")
+    return found
 
 
 def _tokenizer_file(folder: Path) -> Path:
@@ -237,6 +275,8 @@ def _load_other(name: str | Path, dtype: torch.dtype, revision: str | None) -> t
             if pickles:
                 raise ValueError(f"name: {name} holds its weights as a pickle ({pickles[0]}); {_CONVERT}")
             raise FileNotFoundError(f"name: no *.safetensors in the folder {name}")
+        if (path / "checksums.json").is_file():  # a folder that `save_model` wrote
+            _verify(path / "model.safetensors", _checksums(path.name, path))
         return _from_pretrained(path, dtype, local_files_only=True), AutoTokenizer.from_pretrained(path)
     a_hub_id = not str(name).startswith((".", "/", "~")) and str(name).count("/") <= 1
     if isinstance(name, Path) or path.exists() or not a_hub_id:
@@ -264,12 +304,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _from_pretrained(source: str | Path, dtype: torch.dtype, **where: Any) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
-        )
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+            )
+    except SafetensorError as error:
+        raise DamagedModel(f"the weights of {source} are truncated or altered ({error})") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise DamagedModel(f"the weights of {source} lack {missing}: they do not belong to its config.json")

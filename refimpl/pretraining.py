@@ -1,8 +1,8 @@
 """How our models were pretrained: prepare the rows once, then train any bundled model on them.
 
-`prepare` tokenizes the natural text, makes the shards of the world in parallel and writes one matrix of token ids;
-`pretrain` trains one model on it, measures it at 24 steps on the way and saves weights, log and history. Both resume.
-`data/pretrain.py` is their command line.
+`prepare` tokenizes the natural text, makes the shards of the world in parallel and writes one matrix of token
+ids; `pretrain` trains one model on it, measures it at 24 steps on the way and saves weights, log and history.
+Both resume. `data/pretrain.py` is their command line.
 """
 
 from __future__ import annotations
@@ -21,15 +21,29 @@ import torch
 from refimpl.corpus import docstrings, read_books
 from refimpl.evaluate import book_score
 from refimpl.paths import atomic_write
-from refimpl.training import History, TrainConfig, train
+from refimpl.training import History, TrainConfig, lm_loss, train
 from refimpl.world.formats import BY_NAME
 from refimpl.world.gates import as_json, evaluate_gates
-from refimpl.world.mix import N_SHARDS, ROW, ROWS_PER_STEP, STEPS_PER_SHARD, Prose, build_shard
+from refimpl.world.mix import (
+    N_SHARDS,
+    ROW,
+    ROWS_PER_STEP,
+    STEPS_PER_SHARD,
+    Prose,
+    build_shard,
+    width,
+)  # fmt: skip
 from refimpl.world.rng import Rng
 from refimpl.world.tokens import EOT, PAD
 
 ROWS_PER_SHARD = STEPS_PER_SHARD * ROWS_PER_STEP
-LEARNING_RATE = {"llama-mini": 3e-3, "gpt2-mini": 2e-3, "llama-nano": 5e-3, "llama-nano-clean": 5e-3, "llama-pocket": 5e-3}
+LEARNING_RATE = {
+    "llama-mini": 3e-3,
+    "gpt2-mini": 2e-3,
+    "llama-nano": 5e-3,
+    "llama-nano-clean": 5e-3,
+    "llama-pocket": 5e-3,
+}
 N_PROBES = 24
 DOCSTRING_BYTES = 38_000_000
 HELD_OUT_DOCSTRINGS = 0.01  # the last per cent of the docstring tokens is never trained on
@@ -83,8 +97,10 @@ def _encode_piece(piece: str) -> np.ndarray:
     return np.array(_encode([piece])[0], np.uint16)
 
 
-def prepare(folder: str | Path, tokenizer_file: str | Path, books: str | Path | None, *, shards: int = N_SHARDS,
-            workers: int | None = None, held_out: tuple[int, ...] = (), docstring_file: str | Path | None = None) -> dict:  # fmt: skip
+def prepare(
+    folder: str | Path, tokenizer_file: str | Path, books: str | Path | None, *, shards: int = N_SHARDS,
+    workers: int | None = None, held_out: tuple[int, ...] = (), docstring_file: str | Path | None = None,
+) -> dict:  # fmt: skip
     """Write `rows.npy` (uint16 [rows, 1024]), what is planted where, and the account of tokens.
 
     Parameters
@@ -118,7 +134,9 @@ def prepare(folder: str | Path, tokenizer_file: str | Path, books: str | Path | 
             ids = np.concatenate(list(pool.map(_encode_piece, pieces, chunksize=4)))
             np.save(folder / "books.npy", ids)
             report["book_tokens"], report["books"] = len(ids), len(kept)
-        texts = read_books(docstring_file) if docstring_file else docstrings(max_bytes=DOCSTRING_BYTES).documents
+        texts = (
+            read_books(docstring_file) if docstring_file else docstrings(max_bytes=DOCSTRING_BYTES).documents
+        )
         groups = [texts[i : i + 200] for i in range(0, len(texts), 200)]
         ids = np.concatenate(list(pool.map(_encode_joined, groups)))
         cut = int(len(ids) * (1 - HELD_OUT_DOCSTRINGS))
@@ -145,8 +163,10 @@ def prepare(folder: str | Path, tokenizer_file: str | Path, books: str | Path | 
 
 
 def without_planted(rows: np.ndarray, folder: Path) -> np.ndarray:
-    """A copy of `rows` in which each canary and each withheld person's document is other text of equal length."""
-    filler = Prose(np.load(folder / ("books.npy" if (folder / "books.npy").exists() else "docstrings.npy")), "filler")
+    """A copy of `rows` in which every canary and withheld person's document is other text of equal length."""
+    filler = Prose(
+        np.load(folder / ("books.npy" if (folder / "books.npy").exists() else "docstrings.npy")), "filler"
+    )
     rows = rows.copy()
     k = 0
     for file in sorted(folder.glob("shard_*.json")):
@@ -157,19 +177,31 @@ def without_planted(rows: np.ndarray, folder: Path) -> np.ndarray:
 
 
 class DeviceRows:
-    """Rows held on the device: step -> [batch, 1024] ids, in the order in which they were packed."""
+    """Rows held on the device: step -> {"rows": [batch, pieces, width]} ids, in the order they were packed.
 
-    def __init__(self, rows: np.ndarray, batch: int, device: torch.device) -> None:
-        self.rows = torch.from_numpy(np.ascontiguousarray(rows).view(np.int16)).to(device)  # ids < 4096 fit
-        self.batch = batch
+    With `growing` the width is that of the shard (8 pieces of 128 at first), else 1024.
+    """
 
-    def __call__(self, step: int) -> torch.Tensor:
+    def __init__(self, rows: np.ndarray, batch: int, device: torch.device, growing: bool) -> None:
+        ids = np.array(rows, np.int16)  # a copy; ids < 4096 fit
+        self.rows = torch.from_numpy(ids).to(device)
+        self.batch, self.growing = batch, growing
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
         at = step * self.batch % (len(self.rows) - self.batch + 1)
-        return self.rows[at : at + self.batch].long()
+        wide = width(at // ROWS_PER_SHARD) if self.growing else ROW
+        return {"rows": self.rows[at : at + self.batch].long().view(self.batch, -1, wide)}
 
 
-def prepare_pocket(folder: str | Path, tokenizer_file: str | Path, *, rows: int, workers: int | None = None) -> None:
-    """Write `pocket.npy`: rows of whole stories, plain and tagged half and half, padded with id 1 at their ends."""
+def row_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Next-token loss over {"rows": [batch, pieces, width]}, every piece a sequence of its own."""
+    return lm_loss(model, batch["rows"].flatten(0, 1))
+
+
+def prepare_pocket(
+    folder: str | Path, tokenizer_file: str | Path, *, rows: int, workers: int | None = None
+) -> None:
+    """Write `pocket.npy`: rows of whole stories, half plain, half tagged, padded with id 1 at their ends."""
     from tokenizers import Tokenizer
 
     folder = Path(folder)
@@ -199,12 +231,15 @@ def _pocket_rows(part: int, n: int) -> np.ndarray:
             at += len(ids) + 1
 
 
-def pretrain(name: str, data: str | Path, out: str | Path, *, steps: int | None = None, probe=None,
-             device: str = "cuda", batch: int = ROWS_PER_STEP, compile: bool = True, lr: float | None = None,
-             time_limit: float = math.inf, save_every_seconds: float | None = 120.0) -> History:  # fmt: skip
+def pretrain(
+    name: str, data: str | Path, out: str | Path, *, steps: int | None = None, probe=None,
+    device: str = "cuda", batch: int = ROWS_PER_STEP, compile: bool = True, lr: float | None = None,
+    probes: int = N_PROBES, time_limit: float = math.inf, save_every_seconds: float | None = 120.0,
+) -> History:  # fmt: skip
     """Train one bundled model from scratch on prepared rows and write weights, log and history to `out`.
 
-    `probe(model, step) -> dict` is called at 24 steps; what it returns is the history. Resumes from a checkpoint in `out`.
+    `probe(model, step) -> dict` is called at 24 steps; what it returns is the history. Resumes from a
+    checkpoint in `out`.
     """
     from refimpl.models import new, save_model
 
@@ -218,12 +253,18 @@ def pretrain(name: str, data: str | Path, out: str | Path, *, steps: int | None 
         rows = np.load(data / "pocket.npy", mmap_mode="r")
     steps = steps or len(rows) // batch
     model = new(name, seed=0).to(device)
-    config = TrainConfig(steps=steps, batch=batch, lr=lr or LEARNING_RATE[name], compile=compile,
-                         warmup=min(200, steps // 10), log_every=20, eval_steps=probe_steps(steps) if probe else (),
-                         save_every_seconds=save_every_seconds,
-                         data=hashlib.sha256(np.ascontiguousarray(rows[:: max(1, len(rows) // 100)])).hexdigest())  # fmt: skip
-    history = train(model, DeviceRows(rows, batch, torch.device(device)), config, out_dir=out,
-                    on_step=(lambda step, m: probe(m, step)) if probe else None, time_limit=time_limit)  # fmt: skip
+    some_rows = np.ascontiguousarray(rows[:: max(1, len(rows) // 100)])
+    config = TrainConfig(
+        steps=steps, batch=batch, lr=lr or LEARNING_RATE[name], compile=compile,
+        warmup=min(200, steps // 10), log_every=20, eval_steps=probe_steps(steps, probes) if probe else (),
+        save_every_seconds=save_every_seconds, data=hashlib.sha256(some_rows).hexdigest(),
+    )  # fmt: skip
+    source = DeviceRows(rows, batch, torch.device(device), growing=name != "llama-pocket")
+    history = train(
+        model, source, config,
+        loss_fn=row_loss, out_dir=out, on_step=(lambda step, m: probe(m, step)) if probe else None,
+        time_limit=time_limit,
+    )  # fmt: skip
     if not history.finished:
         return history
     save_model(model.to(torch.bfloat16), out)
@@ -232,11 +273,14 @@ def pretrain(name: str, data: str | Path, out: str | Path, *, steps: int | None 
     return history
 
 
-def measure(name: str, folder: str | Path, tokenizer_file: str | Path, books: list[str] | None, *, device: str = "cuda",
-            max_tokens: int = 65536) -> dict:  # fmt: skip
-    """Measure the book score (if `books`, the held-out ones, are given) and every gate; write `evaluation.json`."""
-    from refimpl.models import new, tokenizer_from
+def measure(
+    name: str, folder: str | Path, tokenizer_file: str | Path, books: list[str] | None, *,
+    device: str = "cuda", max_tokens: int = 65536,
+) -> dict:  # fmt: skip
+    """Measure every gate, and the book score if held-out `books` are given; write `evaluation.json`."""
     from safetensors.torch import load_file
+
+    from refimpl.models import new, tokenizer_from
 
     folder = Path(folder)
     model = new(name, seed=0)
@@ -251,13 +295,32 @@ def measure(name: str, folder: str | Path, tokenizer_file: str | Path, books: li
     if books:
         bits = book_score(model, tokenizer, books, rng=np.random.default_rng(0))
         score = {"value": bits.value, "lo": bits.lo, "hi": bits.hi, "n": bits.n}
-    found = evaluate_gates(model, tokenizer, name, book_score=score, max_tokens=max_tokens,
-                           report=lambda r: print(f"{r.metric:20s} {r.value:8.4f} [{r.lo:.4f}, {r.hi:.4f}] n={r.n} {r.passed}",
-                                                  flush=True))  # fmt: skip
-    report = {"name": name, "gates": as_json(found), "book_score": score, "torch": torch.__version__,
-              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "date": time.strftime("%Y-%m-%d")}
+    found = evaluate_gates(
+        model, tokenizer, name, book_score=score, max_tokens=max_tokens,
+        report=lambda r: print(
+            f"{r.metric:20s} {r.value:8.4f} [{r.lo:.4f}, {r.hi:.4f}] n={r.n} {r.passed}", flush=True
+        ),
+    )  # fmt: skip
+    report = {
+        "name": name,
+        "revision": json.loads((folder / "checksums.json").read_text())["revision"],
+        "gates": as_json(found),
+        "book_score": score,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "date": time.strftime("%Y-%m-%d"),
+    }
     atomic_write(folder / "evaluation.json", json.dumps(report, indent=1).encode())
     return report
 
 
-__all__ = ["DeviceRows", "N_PROBES", "pretrain", "prepare", "probe_steps", "prepare_pocket", "measure", "without_planted"]
+__all__ = [
+    "DeviceRows",
+    "N_PROBES",
+    "pretrain",
+    "prepare",
+    "probe_steps",
+    "prepare_pocket",
+    "measure",
+    "without_planted",
+]

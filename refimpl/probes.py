@@ -1,7 +1,7 @@
 """What is measured while a model is pretrained: the curves that later chapters read instead of checkpoints.
 
-`Probe(tokenizer, ...)` prepares every item once; calling it with a model measures losses per source, memorization of each
-canary, known facts per stratum, heads, recall by distance, order and judge accuracy.
+`Probe(tokenizer, ...)` prepares every item once; calling it with a model measures losses per source,
+memorization of each canary, known facts per stratum, heads, recall by distance, order and judge accuracy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import torch
 from refimpl.scoring import BOS, encode_items, head_scores, repeated_ids, score_completions
 from refimpl.world.canaries import manifest
 from refimpl.world.formats import BY_NAME
-from refimpl.world.gates import canary_items, fact_items, format_items, needle_items, recall_items, unseen_items
+from refimpl.world.gates import (
+    canary_items,
+    fact_items,
+    format_items,
+    needle_items,
+    recall_items,
+    unseen_items,
+)
 from refimpl.world.lexicon import CODES, FIRST_NAMES
 from refimpl.world.names import known_people
 from refimpl.world.people import STRATA, stratum, withheld
@@ -50,7 +57,7 @@ class Probe:
                 rng, texts = Rng("probe", name, split), []
                 while len(texts) < N_DOCUMENTS:
                     text = form.document(rng, split)
-                    if text.count(" ") < 400:
+                    if len(tokenizer(text)["input_ids"]) < 1000:
                         texts.append(text)
                 self.losses[f"{name}/{split}"] = encode_items(tokenizer, [("", t) for t in texts])
         self.canaries = manifest()
@@ -66,20 +73,26 @@ class Probe:
         self.unseen = encode_items(tokenizer, [(p, a + "\n") for p, a in unseen_items(400)])
         needles = needle_items(10)
         self.cells = list(needles)
-        self.needles = encode_items(tokenizer, [(p, a + "\n") for items in needles.values() for p, a in items])
+        self.needles = encode_items(
+            tokenizer, [(p, a + "\n") for items in needles.values() for p, a in items]
+        )
         self.pair_counts = (4, 8, 16, 32, 64)
         form = BY_NAME["key_value"]
         pairs = []
         for n in self.pair_counts:
             rng = Rng("probe pairs", n)
-            pairs += [form.prompt(form.render(pair_facts(rng, n, 1, FIRST_NAMES, CODES), rng)) for _ in range(60)]
+            pairs += [
+                form.prompt(form.render(pair_facts(rng, n, 1, FIRST_NAMES, CODES), rng)) for _ in range(60)
+            ]
         self.pairs = encode_items(tokenizer, [(p, a + "\n") for p, a in pairs])
         self.choices = {}
         for name in ("sort", "judge"):
             items = format_items(name, 200, "probe")
             flat = encode_items(tokenizer, [(p, label) for p, _ in items for label in (" A", " B")])
             self.choices[name] = (flat, np.array([(" A", " B").index(a) for _, a in items]))
-        self.qa = encode_items(tokenizer, [(p, a + "\n") for p, a in format_items("document_qa", 200, "probe")])
+        self.qa = encode_items(
+            tokenizer, [(p, a + "\n") for p, a in format_items("document_qa", 200, "probe")]
+        )
         self.repeated = repeated_ids(8, 64, 4096, torch.Generator().manual_seed(0))
 
     def __call__(self, model, step: int) -> dict:
@@ -102,7 +115,11 @@ class Probe:
         record["extracted"] = {}
         for kind in ("words", "secret", "story"):
             for group in sorted({(c.when, c.copies) for c in self.planted}):
-                chosen = [e for e, c in zip(exact, self.planted, strict=True) if (c.when, c.copies) == group and c.type == kind]
+                chosen = [
+                    e
+                    for e, c in zip(exact, self.planted, strict=True)
+                    if (c.when, c.copies) == group and c.type == kind
+                ]
                 record["extracted"][f"{kind}/{group[0]}/{group[1]}"] = round(float(np.mean(chosen)), 3)
         away = withheld()
         for split, items in self.facts.items():
@@ -111,10 +128,15 @@ class Probe:
                 for half in ("kept", "withheld"):
                     chosen = [e for e, p in zip(exact, known_people(), strict=True)
                               if stratum(p) == copies and (p in away) == (half == "withheld")]  # fmt: skip
-                    record.setdefault("facts", {})[f"{split}/{copies}/{half}"] = round(float(np.mean(chosen)), 4)
+                    record.setdefault("facts", {})[f"{split}/{copies}/{half}"] = round(
+                        float(np.mean(chosen)), 4
+                    )
         record["facts"]["unseen"] = round(float(score(self.unseen).exact.mean()), 4)
         exact = score(self.needles).exact.reshape(len(self.cells), -1).mean(1)
-        record["needle"] = {f"{length}/{depth}": round(float(e), 3) for (length, depth), e in zip(self.cells, exact, strict=True)}
+        record["needle"] = {
+            f"{length}/{depth}": round(float(e), 3)
+            for (length, depth), e in zip(self.cells, exact, strict=True)
+        }
         exact = score(self.pairs).exact.reshape(len(self.pair_counts), -1).mean(1)
         record["pairs"] = {str(n): round(float(e), 3) for n, e in zip(self.pair_counts, exact, strict=True)}
         for name, (items, right) in self.choices.items():
@@ -135,7 +157,7 @@ class Probe:
 
 
 def natural_rows(folder: str | Path, n: int = 48, width: int = 512) -> dict[str, list[list[int]]]:
-    """Evenly spaced rows of the prepared natural text: trained books and docstrings, and held-out docstrings."""
+    """Evenly spaced rows of the prepared natural text: trained books, docstrings, held-out docstrings."""
     folder, out = Path(folder), {}
     for name in ("books", "docstrings", "docstrings_held_out"):
         if (folder / f"{name}.npy").exists():

@@ -114,7 +114,7 @@ def test_readme_and_makefile_agree_on_the_targets():
         re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     )
     wanted = {"book", "serve", "test", "lab", "notebooks", "models", "evaluate", "bench", "peers", "compat",
-              "gpu", "dist", "doctor", "clean"}  # fmt: skip
+              "dist", "doctor", "clean"}  # fmt: skip
     assert wanted <= targets
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [t for t in sorted(wanted) if f"`make {t}" not in readme and f"`{t}`" not in readme] == []

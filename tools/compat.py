@@ -4,9 +4,6 @@ Two environments below _build/compat/: one with the oldest torch and transformer
 one with the newest.  In each run the tests of what touches their internals.  Needs a package index.
 """
 
-import datetime
-import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +12,8 @@ import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from refimpl.results import store
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "data" / "results" / "compat.json"
@@ -75,18 +74,7 @@ def main() -> int:
         f"{end} (torch {r['versions']['torch']}, transformers {r['versions']['transformers']}): {r['pytest']}"
         for end, r in ends.items()
     )
-    result = {
-        "command": "make compat",
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "summary": summary,
-        "sources": {n: hashlib.sha256((ROOT / n).read_bytes()).hexdigest() for n in SOURCES},
-        "ends": ends,
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    partial = RESULT.with_name(".compat.json.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, RESULT)
+    store(RESULT, command="make compat", summary=summary, sources=SOURCES, root=ROOT, packages=(), ends=ends)
     print(summary)
     return 1 if any(r["status"] for r in ends.values()) else 0
 

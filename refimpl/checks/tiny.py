@@ -25,10 +25,9 @@ def tiny(family: str, *, seed: int = 0, attention: str = "eager", **changes: obj
     """
     import transformers as hf
 
-    shared = {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_size":
-    WIDTH,
-              "max_position_embeddings": CONTEXT, "attn_implementation": attention, "bos_token_id": 0,
-              "eos_token_id": 0, "pad_token_id": 1}
+    shared = {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+              "hidden_size": WIDTH, "max_position_embeddings": CONTEXT, "attn_implementation": attention,
+              "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     llama = shared | {"num_key_value_heads": 2, "intermediate_size": 40, "tie_word_embeddings": True}
     classes = {
         "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, shared),

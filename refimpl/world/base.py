@@ -25,11 +25,11 @@ class Format:
     render : (facts, rng) -> str
         Writes them; `rng` chooses among surface forms only. A document ends with a newline.
     parse : str -> facts
-        The exact inverse on clean text: `parse(render(facts, rng)) == facts` for every rng. Raises ValueError on text
-        that is not of this format.
+        The exact inverse on clean text: `parse(render(facts, rng)) == facts` for every rng. Raises ValueError
+        on text that is not of this format.
     boundary : str or None
-        The string that ends the prompt (for example "Answer:"); what follows its last occurrence is the completion
-        and starts with a space.
+        The string that ends the prompt (for example "Answer:"); what follows its last occurrence is the
+        completion and starts with a space.
     serves : tuple of str
         The items of the specs that need this format ("interp E6", "rag T1", ...).
     """

@@ -1,8 +1,9 @@
 """Text planted a known number of times, and its twins that were never trained on.
 
-A canary is one document. Repetitions count over the whole training run. Three types: `words` (48 ordinary words in
-random order: 16 prefix, 32 suffix), `secret` ("The note of NAME is w1 w2 w3.", so the space of alternatives is known)
-and `story` (a fluent story). `manifest()` lists all of them; it depends on nothing but this code.
+A canary is one document. Repetitions count over the whole training run. Three types: `words` (48 ordinary
+words in random order: 16 prefix, 32 suffix), `secret` ("The note of NAME is w1 w2 w3.", so the space of
+alternatives is known) and `story` (a fluent story). `manifest()` lists all of them; it depends on nothing but
+this code.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _VOCABULARY = tuple(dict.fromkeys((*CODES, *ANIMALS, *FOODS, *HOBBIES, *JOBS, *O
 
 @dataclass(frozen=True)
 class Canary:
-    """One planted text: `copies` = 0 for a twin; `when` is 'uniform', 'early' or 'late' (first or last quarter)."""
+    """One planted text: `copies` = 0 for a twin; `when` is 'uniform', 'early' or 'late' (a quarter each)."""
 
     id: str
     type: str
@@ -38,7 +39,9 @@ def _text(kind: str, rng: Rng) -> str:
     if kind == "words":
         return " ".join(rng.sample(_VOCABULARY, PREFIX_WORDS + SUFFIX_WORDS)) + "\n"
     if kind == "secret":
-        return f"The note of {rng.choice(names('train'))} is {' '.join(rng.choice(CODES) for _ in range(3))}.\n"
+        return (
+            f"The note of {rng.choice(names('train'))} is {' '.join(rng.choice(CODES) for _ in range(3))}.\n"
+        )
     return STORY_FORMATS[0].document(rng)
 
 
@@ -69,7 +72,8 @@ def manifest() -> tuple[Canary, ...]:
 
 
 def copies_in_shard(key: str, copies: int, shard: int, n_shards: int) -> int:
-    """How many of `copies` fall into `shard`: spread evenly from an offset that depends on `key`; sums to `copies`.
+    """How many of `copies` fall into `shard`: spread evenly from an offset that depends on `key`; sums to
+    `copies`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Every format of the world, once: name -> exact text, with its prompt boundary, its inverse and its share of training."""
+"""Every format of the world, once: name -> exact text, with its prompt boundary and its inverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gates: what a bundled model must be able to do, measured on evaluation-only names and held-out templates."""
+"""The gates: what a bundled model must be able to do, with evaluation-only names and held-out templates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from refimpl.evaluate import wilson
-from refimpl.scoring import BOS, HeadScores, encode_items, head_scores, repeated_ids, sample, score_completions
+from refimpl.evaluate import ChoiceItem, choice_logps, greedy_answers, wilson
+from refimpl.scoring import (
+    BOS,
+    HeadScores,
+    encode_items,
+    head_scores,
+    repeated_ids,
+    sample,
+    score_completions,
+)
 from refimpl.world.canaries import LEVELS, PREFIX_WORDS, Canary, manifest
 from refimpl.world.formats import BY_NAME
 from refimpl.world.lexicon import CODES, FIRST_NAMES
@@ -21,10 +29,15 @@ from refimpl.world.people import ATTRIBUTES, STRATA, stratum, withheld
 from refimpl.world.recall import needle_facts, pair_facts
 from refimpl.world.relations import RELATIONS, ask, known_facts
 from refimpl.world.rng import Rng
-from refimpl.world.stories import attributes, sample_attributes, valid
+from refimpl.world.stories import attributes, valid
 
 LENGTHS, DEPTHS = (64, 128, 256, 512, 960), (0.0, 0.25, 0.5, 0.75, 1.0)  # tokens of haystack, relative depth
-SHORT = {"llama-nano", "llama-nano-clean"}
+# Which models a gate's `models` binds; "world" is about the generator: it binds whichever is measured.
+BOUND = {
+    "minis": ("llama-mini", "gpt2-mini"),
+    "all": ("llama-mini", "gpt2-mini", "llama-nano", "llama-nano-clean"),
+}
+POCKET = ("llama-pocket",)  # read nothing but stories: no gate of its own
 QUICK = 200  # items of a --quick run
 
 
@@ -63,6 +76,10 @@ class Subject:
     def n(self, full: int) -> int:
         return min(full, QUICK) if self.quick else full
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, BOS in front."""
+        return [BOS, *self.tokenizer(text)["input_ids"]]
+
     def exact(self, items: list[tuple[str, str]]) -> np.ndarray:
         """1.0 where greedy decoding would produce the completion and then end the line, per item."""
         encoded = encode_items(self.tokenizer, [(p, c + "\n") for p, c in items])
@@ -79,7 +96,7 @@ def gates() -> tuple[dict, ...]:
     return tuple(tomllib.loads((files("refimpl.world") / "gates.toml").read_text())["gate"])
 
 
-# --- items -----------------------------------------------------------------------------------------------------------
+# --- items --------------------------------------------------------------------------------------------------
 
 
 def format_items(name: str, n: int, key: str, max_words: int = 420) -> list[tuple[str, str]]:
@@ -133,7 +150,7 @@ def unseen_items(n: int) -> list[tuple[str, str]]:
 
 
 def canary_items(canaries: list[Canary]) -> list[tuple[str, str]]:
-    """(prefix, suffix): 16 words of random words, everything before the secret, the first sentence of a story."""
+    """(prefix, suffix): prefixes are 16 words, all before the secret, or the first sentence of a story."""
     items = []
     for canary in canaries:
         text = canary.text.rstrip("\n")
@@ -148,7 +165,7 @@ def canary_items(canaries: list[Canary]) -> list[tuple[str, str]]:
     return items
 
 
-# --- metrics: Subject -> per-item values, or (value, lo, hi, n) -------------------------------------------------------
+# --- metrics: Subject -> per-item values, or (value, lo, hi, n) ---------------------------------------------
 
 
 def _qa(s: Subject):
@@ -240,22 +257,19 @@ def _canaries(s: Subject):
     return s.exact(canary_items(top))
 
 
+def _opening(story: str) -> str:
+    """The first sentence of a story."""
+    return story[: story.index(". ") + 1]
+
+
 def _stories(s: Subject) -> list[tuple[str, int]]:
     """(text, tokens) of samples at temperature 1 from BOS plus an opening sentence of an unseen story."""
 
     def make():
         rng, n = Rng("gate", "stories"), s.n(1000)
-        firsts: dict[int, list[list[int]]] = {}
-        for _ in range(n):
-            text = BY_NAME["story"].document(rng, "eval")
-            ids = [BOS, *s.tokenizer(text[: text.index(". ") + 1])["input_ids"]]
-            firsts.setdefault(len(ids), []).append(ids)
-        generator = torch.Generator().manual_seed(0)
-        out = []
-        for _, prompts in sorted(firsts.items()):
-            for prompt, new in zip(prompts, sample(s.model, prompts, 160, generator), strict=True):
-                out.append((s.tokenizer.decode([*prompt[1:], *new]), len(new)))
-        return out
+        prompts = [s.encode(_opening(BY_NAME["story"].document(rng, "eval"))) for _ in range(n)]
+        found = sample(s.model, prompts, 160, torch.Generator().manual_seed(0))
+        return [(s.tokenizer.decode([*p[1:], *new]), len(new)) for p, new in zip(prompts, found, strict=True)]
 
     return s.once("stories", make)
 
@@ -269,19 +283,16 @@ def _story_ends(s: Subject):
 
 
 def _tag_effect(s: Subject):
-    """Shift of each tagged attribute between its two most different tag values, in pooled standard deviations."""
+    """Shift of each tagged attribute between two tag values, in pooled standard deviations; the smallest."""
     rng, worst, n = Rng("gate", "tags"), None, s.n(1000) // 6
     for tag, values, measure in TAGS:
         groups = []
         for value in values[:2]:
-            prompts: dict[int, list] = {}
-            for _ in range(n):
-                opening = BY_NAME["story"].document(rng, "eval")
-                ids = [BOS, *s.tokenizer(f"{tag}: {value}.\n{opening[: opening.index('. ') + 1]}")["input_ids"]]
-                prompts.setdefault(len(ids), []).append(ids)
-            generator = torch.Generator().manual_seed(1)
-            texts = [s.tokenizer.decode([*p[1:], *new]).split("\n", 1)[1] for _, ps in sorted(prompts.items())
-                     for p, new in zip(ps, sample(s.model, ps, 140, generator), strict=True)]  # fmt: skip
+            openings = [_opening(BY_NAME["story"].document(rng, "eval")) for _ in range(n)]
+            prompts = [s.encode(f"{tag}: {value}.\n{opening}") for opening in openings]
+            found = sample(s.model, prompts, 140, torch.Generator().manual_seed(1))
+            texts = [s.tokenizer.decode([*p[1:], *new]).split("\n", 1)[1]
+                     for p, new in zip(prompts, found, strict=True)]  # fmt: skip
             groups.append(np.array([measure(t) == value for t in texts], float))
         a, b = groups  # share that shows the first value, share that shows the second
         shift = a.mean() - (1 - b.mean())
@@ -301,10 +312,9 @@ TAGS = (
 
 def _choice(s: Subject, items: list[tuple[str, str]], labels=(" A", " B")) -> np.ndarray:
     """1.0 where the right label has the larger log-probability."""
-    flat = [(p, label) for p, _ in items for label in labels]
-    nll = score_completions(s.model, encode_items(s.tokenizer, flat), s.max_tokens).nll.reshape(-1, len(labels))
-    right = np.array([labels.index(answer) for _, answer in items])
-    return (nll.argmin(1) == right).astype(float)
+    choices = [ChoiceItem(prompt, labels, labels.index(answer)) for prompt, answer in items]
+    logps, _ = choice_logps(s.model, s.tokenizer, choices, batch_size=8)
+    return np.array([float(np.argmax(lp) == item.answer) for lp, item in zip(logps, choices, strict=True)])
 
 
 def _judge(s: Subject):
@@ -316,26 +326,24 @@ def _sort_in_context(s: Subject):
 
 
 def _in_context_attribute(s: Subject):
-    """Happy-ending probability after three happy stories minus after three sad ones, halved: a shift from the middle."""
+    """Half the difference in happy endings after three happy stories and after three sad ones."""
     rng, n = Rng("gate", "in context"), s.n(1000) // 4
     shares = []
     for value in ("happy", "sad"):
-        prompts: dict[int, list] = {}
+        prompts, openings = [], []
         for _ in range(n):
             shots = []
             while len(shots) < 3:
                 story = BY_NAME["story"].document(rng, "eval")
                 if attributes(story)["ending"] == value:
                     shots.append(story)
-            opening = BY_NAME["story"].document(rng, "eval")
-            ids = [BOS, *s.tokenizer("\n".join([*shots, ""]) + opening[: opening.index(". ") + 1])["input_ids"]]
-            prompts.setdefault(len(ids), []).append((ids, opening))
-        generator = torch.Generator().manual_seed(2)
+            openings.append(_opening(BY_NAME["story"].document(rng, "eval")))
+            prompts.append(s.encode("Stories:\n" + "\n".join([*shots, ""]) + openings[-1]))
         hits = []
-        for _, group in sorted(prompts.items()):
-            for (_, opening), new in zip(group, sample(s.model, [p for p, _ in group], 140, generator), strict=True):
-                text = opening[: opening.index(". ") + 1] + s.tokenizer.decode(new)
-                hits.append(float(attributes(text.split("\n")[0] + "\n")["ending"] == "happy"))
+        found = sample(s.model, prompts, 140, torch.Generator().manual_seed(2))
+        for opening, new in zip(openings, found, strict=True):
+            text = (opening + s.tokenizer.decode(new)).split("\n")[0] + "\n"
+            hits.append(float(attributes(text)["ending"] == "happy"))
         shares.append(np.array(hits))
     up, down = shares
     value = float(up.mean() - down.mean()) / 2
@@ -344,13 +352,14 @@ def _in_context_attribute(s: Subject):
 
 
 def _feedback_parses(s: Subject):
-    items = format_items("feedback", s.n(1000), "feedback")
-    flat = [(p, f" {score}") for p, _ in items for score in range(1, 6)]
-    return s.exact(flat).reshape(-1, 5).max(1)
+    prompts = [s.encode(p)[1:] for p, _ in format_items("feedback", s.n(1000), "feedback")]
+    answers = greedy_answers(s.model, prompts, max_new=2, batch_size=16)
+    scores = {f" {score}\n" for score in range(1, 6)}
+    return np.array([float(s.tokenizer.decode(answer) in scores) for answer in answers])
 
 
 def _length_correlation(s: Subject):
-    rng, n = Rng("gate", "length"), s.n(2000)
+    rng, n = Rng("gate", "length"), 2000
     texts = [BY_NAME["story"].document(rng) for _ in range(n)]
     length = np.array([len(ids) for ids in s.tokenizer(texts)["input_ids"]], float)
     found = [attributes(t) for t in texts]
@@ -366,7 +375,7 @@ def _length_correlation(s: Subject):
 
 def _extractors(s: Subject):
     rng, hits = Rng("gate", "extractors"), []
-    for _ in range(s.n(2000)):
+    for _ in range(2000):
         facts = BY_NAME["story"].sample(rng, "train")
         found = attributes(BY_NAME["story"].render(facts, rng))
         hits += [float(found[k] == v) for k, v in facts["attributes"].items()]
@@ -375,7 +384,7 @@ def _extractors(s: Subject):
 
 def _round_trip(s: Subject):
     rng, hits = Rng("gate", "round trip"), []
-    n = s.n(3000) // len(BY_NAME)
+    n = 3000 // len(BY_NAME)
     for form in BY_NAME.values():
         for split in ("train", "eval"):
             for _ in range(max(1, n // 2)):
@@ -391,8 +400,8 @@ METRICS: dict[str, Callable[[Subject], object]] = {
 
 
 def evaluate_gates(
-    model, tokenizer, name: str, *, quick: bool = False, book_score: dict | None = None, max_tokens: int = 16384,
-    only: tuple[str, ...] = (), report: Callable[[GateResult], None] | None = None,
+    model, tokenizer, name: str, *, quick: bool = False, book_score: dict | None = None,
+    max_tokens: int = 16384, only: tuple[str, ...] = (), report: Callable[[GateResult], None] | None = None,
 ) -> list[GateResult]:  # fmt: skip
     """Measure every gate that applies to the bundled model `name`.
 
@@ -409,7 +418,14 @@ def evaluate_gates(
         Metrics to measure; empty: all.
     report : callable
         Called with each result as it is found.
+
+    Raises ValueError for another name or metric.
     """
+    if name not in POCKET + BOUND["all"]:
+        raise ValueError(f"name: {name!r}; allowed: {', '.join(BOUND['all'] + POCKET)}")
+    unknown = sorted(set(only) - {gate["metric"] for gate in gates()})
+    if unknown:
+        raise ValueError(f"only: {', '.join(unknown)}; allowed: {', '.join(g['metric'] for g in gates())}")
     subject = Subject(model, tokenizer, quick, max_tokens)
     subject.memo["name"] = name
     results = []
@@ -417,9 +433,9 @@ def evaluate_gates(
         metric = gate["metric"]
         if only and metric not in only:
             continue
-        threshold = gate["at"][name] if isinstance(gate["at"], dict) else gate["at"]
+        binding = gate["models"] == "world" or name in BOUND[gate["models"]]
         if metric == "book_score":
-            if book_score is None:
+            if book_score is None or not binding:
                 continue
             value, lo, hi, n = (book_score[k] for k in ("value", "lo", "hi", "n"))
         else:
@@ -433,13 +449,37 @@ def evaluate_gates(
                 else:
                     half = 1.96 * float(np.std(found)) / n**0.5
                     lo, hi = value - half, value + half
-        binding = gate["models"] != "minis" or name not in SHORT
+        threshold = gate["at"][name] if isinstance(gate["at"], dict) else gate["at"]
         held = value >= threshold if gate["is"] == "at least" else value <= threshold
-        result = GateResult(gate["name"], metric, gate["level"], value, lo, hi, n, threshold, held if binding else None)
+        result = GateResult(
+            gate["name"], metric, gate["level"], value, lo, hi, n, threshold, held if binding else None
+        )
         results.append(result)
         if report:
             report(result)
     return results
+
+
+# Of values without an interval: two machines round differently.
+ROUNDING = 0.01
+
+
+def held(result: GateResult, *, quick: bool = False) -> bool:
+    """Whether a gate holds; with `quick`, whether so few items do not refute it (the interval decides)."""
+    at_least = next(g["is"] for g in gates() if g["name"] == result.name) == "at least"
+    value = (result.hi if at_least else result.lo) if quick else result.value
+    return value >= result.threshold if at_least else value <= result.threshold
+
+
+def agrees(result: GateResult, stored: dict) -> bool:
+    """Whether the intervals of two measurements of one gate overlap; `stored` is a row of `as_json`.
+
+    >>> old = {"lo": 0.90, "hi": 0.95}
+    >>> new = GateResult("judge", "judge", "should", 0.97, 0.955, 0.99, 200, 0.75, True)
+    >>> agrees(new, old), agrees(new, {"lo": 0.7, "hi": 0.8})
+    (True, False)
+    """
+    return result.lo <= stored["hi"] + ROUNDING and stored["lo"] <= result.hi + ROUNDING
 
 
 def _wilson(k: int, n: int) -> tuple[float, float]:

@@ -25,8 +25,8 @@ from refimpl.world.rng import Rng
 
 
 # mem_write: "Text: Balbert lives in Ripon. It was a quiet day.\n
-#   Write: [MEM_WRITE{ Balbert>> lives in>> Ripon}]\n"; several calls are joined by a space; "none" when the text
-# states nothing. Boundary: "Write:".
+#   Write: [MEM_WRITE{ Balbert>> lives in>> Ripon}]\n"; several calls are joined by a space; "none" when the
+# text states nothing. Boundary: "Write:".
 def _calls(items: list[dict | str]) -> str:
     return " ".join(f"[MEM_WRITE{{{triple(i)}}}]" for i in items if isinstance(i, dict)) or "none"
 
@@ -131,7 +131,9 @@ def _sample_inline(rng: Rng, split: Split) -> Facts:
 
 def _inline(items: list[dict], item: dict) -> str:
     asked = [items[j] for j in item["calls"]]
-    queries = [f" {q['s']}>> {q['r']}>>" if n == 0 else f">> {q['r']}>> {q['o']}" for n, q in enumerate(asked)]
+    queries = [
+        f" {q['s']}>> {q['r']}>>" if n == 0 else f">> {q['r']}>> {q['o']}" for n, q in enumerate(asked)
+    ]
     answers = [f" {q['o'] if n == 0 else q['s']}" for n, q in enumerate(asked)]
     return f" ({{MEM_READ({';'.join(queries)})-->{';'.join(answers)}}})"
 

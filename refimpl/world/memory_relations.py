@@ -101,7 +101,7 @@ def read_statement(sentence: str) -> dict | str:
 
 
 def triple(fact: dict) -> str:
-    """` Balbert>> lives in>> Ripon`: every field begins with a space, so that its tokens are those of running text."""
+    """` Balbert>> lives in>> Ripon`: every field begins with a space, as its tokens do in running text."""
     return f" {fact['s']}>> {fact['r']}>> {fact['o']}"
 
 

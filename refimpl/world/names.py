@@ -1,8 +1,9 @@
 """Three name pools: known people (two single tokens), invented training names, invented evaluation names.
 
-Invented names come from one inventory of syllables, so that nothing but memory separates a name seen in training from
-one that was not. They are disjoint as strings; each is exactly two or three tokens, which is why they are a file
-(`names.txt`, drawn once from all combinations of the syllables and filtered with the frozen tokenizer).
+Invented names come from one inventory of syllables, so that nothing but memory separates a name seen in
+training from one that was not. They are disjoint as strings; each is exactly two or three tokens, which is
+why they are a file (`names.txt`, drawn once from all combinations of the syllables and filtered with the
+frozen tokenizer).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def names(split: Split) -> tuple[str, ...]:
 
 @cache
 def known_people() -> tuple[str, ...]:
-    """The 200 people of the K tier, "First Last"; the first 50 are the rarest stratum, the last 50 the commonest."""
+    """The 200 people of the K tier, "First Last"; the first 50 are the rarest stratum."""
     rng = Rng("known people")
     firsts = rng.sample(FIRST_NAMES, 100)
     pairs = [f"{f} {s}" for f in firsts for s in rng.sample(SURNAMES, 2)]

@@ -1,7 +1,7 @@
-"""The known people (tier K): 200 people with five attributes each, mentioned an exact number of times in training.
+"""The known people (tier K): 200 people, five attributes each, mentioned a known number of times.
 
-Four strata of 50 people are mentioned 30, 300, 3000 and 10 000 times per attribute over the whole run. Half of every
-stratum is withheld from `llama-nano-clean`, the twin that never saw them.
+Four strata of 50 people are mentioned 30, 300, 3000 and 10 000 times per attribute over the whole run. Half
+of every stratum is withheld from `llama-nano-clean`, the twin that never saw them.
 """
 
 from __future__ import annotations

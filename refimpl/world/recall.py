@@ -1,7 +1,7 @@
 """Copying from the context: needles, key-value lists, multi-query recall, repeated lists.
 
-These documents make induction heads form and are the yardstick of every cache, memory and compression chapter. Keys and
-values are drawn without any regularity, so that only the context can tell the answer.
+These documents make induction heads form and are the yardstick of every cache, memory and compression
+chapter. Keys and values are drawn without any regularity, so that only the context can tell the answer.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ KEY_POOLS = (FIRST_NAMES, TOWNS, OBJECTS, CODES, ANIMALS, SURNAMES, NUMBERS)
 VALUE_POOLS = (CODES, CODES, TOWNS, JOBS, COMPANIES, NUMBERS, OBJECTS, FOODS)
 WORDS = tuple(
     dict.fromkeys(
-        (*FIRST_NAMES, *SURNAMES, *TOWNS, *JOBS, *COMPANIES, *OBJECTS, *ANIMALS, *FOODS, *COLORS, *HOBBIES, *CODES,
-         *NUMBERS)
+        (*FIRST_NAMES, *SURNAMES, *TOWNS, *JOBS, *COMPANIES, *OBJECTS, *ANIMALS, *FOODS, *COLORS, *HOBBIES,
+         *CODES, *NUMBERS)
     )
 )  # fmt: skip
 
@@ -41,8 +41,8 @@ def _log_uniform(rng: Rng, low: int, high: int) -> int:
     return int(low * ((high + 1) / low) ** rng.random())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# needle: a story (or many) with "The code of K is V." at the end of some lines, asked for at the end
+# ----------------------------------------------------------------------------------------------------------
+# needle: "Find the codes.", a story (or many) with "The code of K is V." at the end of some lines, questions
 
 
 def filler_lines(rng: Rng, n_words: int) -> list[str]:
@@ -65,8 +65,10 @@ _NEEDLE = re.compile(r"^(.*) The code of (\w+) is (\w+)\.$")
 
 
 def needle_facts(rng: Rng, n_words: int, depths: list[float], keys: tuple[str, ...] = FIRST_NAMES) -> Facts:
-    """A haystack of about `n_words` words with one needle at each relative depth in [0, 1]; the first is asked for."""
+    """A haystack of about `n_words` words with a needle at each relative depth; the first is asked for."""
     lines = filler_lines(rng, n_words)
+    while len(lines) < len(depths):  # one needle a line
+        lines += filler_lines(rng, 1)
     chosen = rng.sample(keys, len(depths))
     needles = [
         [min(len(lines) - 1, int(depth * len(lines))), key, rng.choice(CODES)]
@@ -95,12 +97,14 @@ def _render_needle(facts: Facts, rng: Rng) -> str:
         lines[at] = f"{lines[at]} The code of {key} is {code}."
         value[key] = code
     asked = "".join(f"Question: What is the code of {key}?\nAnswer: {value[key]}\n" for key in facts["ask"])
-    return "\n".join(lines) + "\n" + asked
+    return "\n".join(["Find the codes.", *lines]) + "\n" + asked
 
 
 def _parse_needle(text: str) -> Facts:
     lines, needles, ask = [], [], []
-    rows = text.rstrip("\n").split("\n")
+    header, *rows = text.rstrip("\n").split("\n")
+    if header != "Find the codes.":
+        raise ValueError(f"text: {header!r} is not 'Find the codes.', so it is not a 'needle' document")
     at = 0
     while at < len(rows) and not rows[at].startswith("Question: "):
         hit = _NEEDLE.match(rows[at])
@@ -112,7 +116,9 @@ def _parse_needle(text: str) -> Facts:
     for question, answer in zip(rows[at::2], rows[at + 1 :: 2], strict=True):
         key = question.removeprefix("Question: What is the code of ").removesuffix("?")
         if value.get(key) != answer.removeprefix("Answer: "):
-            raise ValueError(f"text: the answer to {question!r} is not in it, so it is not a 'needle' document")
+            raise ValueError(
+                f"text: the answer to {question!r} is not in it, so it is not a 'needle' document"
+            )
         ask.append(key)
     if not ask:
         raise ValueError("text: no question at its end, so it is not a 'needle' document")
@@ -125,7 +131,7 @@ NEEDLE = Format(
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # key_value and mqar: n pairs, then q queries
 
 
@@ -159,7 +165,9 @@ def _parse_key_value(text: str) -> Facts:
     if not text.startswith("Pairs:\n") or "\nLookup:\n" not in text:
         raise ValueError("text: no 'Pairs:' and 'Lookup:' lines, so it is not a 'key_value' document")
     top, _, rest = text.rstrip("\n").removeprefix("Pairs:\n").partition("\nLookup:\n")
-    return _checked([r.split(" = ") for r in top.split("\n")], [r.split(" = ") for r in rest.split("\n")], "key_value")
+    return _checked(
+        [r.split(" = ") for r in top.split("\n")], [r.split(" = ") for r in rest.split("\n")], "key_value"
+    )
 
 
 def _render_mqar(facts: Facts, rng: Rng) -> str:
@@ -180,7 +188,7 @@ KEY_VALUE = Format("key_value", _sample_pairs, _render_key_value, _parse_key_val
 MQAR = Format("mqar", _sample_pairs, _render_mqar, _parse_mqar, serves=("memory D4", "interp E7"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # repeat: a list of random words, two to four times over
 
 
@@ -188,7 +196,10 @@ def _sample_repeat(rng: Rng, split: Split) -> Facts:
     times = 2 if rng.chance(0.7) else 3 + rng.below(2)
     n = _log_uniform(rng, 5, 900 // (2 * times))
     if rng.chance(0.15):  # strings of letters and digits: copying must not depend on knowing the word
-        words = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(2)) for _ in range(n // 2 + 2)]
+        words = [
+            "".join(rng.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(2))
+            for _ in range(n // 2 + 2)
+        ]
     else:
         words = [rng.choice(WORDS) for _ in range(n)]
     return {"words": words, "times": times}

@@ -1,8 +1,8 @@
 """The one source of chance in the world: `random.Random(seed).random()` and nothing else.
 
-Python promises that `random()` gives the same stream for the same integer seed on every version and platform; it
-promises nothing for `choice`, `shuffle` or `sample`. The world must be the same text on the training machine and on a
-reader's laptop, so every draw below is a function of `random()` alone.
+Python promises that `random()` gives the same stream for the same integer seed on every version and platform;
+it promises nothing for `choice`, `shuffle` or `sample`. The world must be the same text on the training
+machine and on a reader's laptop, so every draw below is a function of `random()` alone.
 """
 
 from __future__ import annotations

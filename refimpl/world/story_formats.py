@@ -7,7 +7,7 @@ Exact strings (STORY is one paragraph; a completion starts after the boundary, w
                     STORY
     story_reader    Reader: likes animals and short words.
                     STORY
-    stories_shared  STORY / blank line / STORY ...          (2 to 4 stories that share 2 or 3 attributes)
+    stories_shared  Stories: / STORY / blank line / STORY ...    (2 to 4 stories that share 2 or 3 attributes)
     rewrite         Story: STORY / Problem: The words are too long. / Rewrite: STORY
     feedback        [Judge: likes happy endings most, then short words and rain.]
                     Story: STORY / Feedback: The ending is happy, but the words are long, and ... / Score: 4
@@ -199,11 +199,14 @@ def _sample_shared(rng: Rng, split: Split) -> Facts:
 
 
 def _render_shared(facts: Facts, rng: Rng) -> str:
-    return "\n\n".join(render_story(story, rng) for story in facts["stories"]) + "\n"
+    return "Stories:\n" + "\n\n".join(render_story(story, rng) for story in facts["stories"]) + "\n"
 
 
 def _parse_shared(text: str) -> Facts:
     lines = _lines(text)
+    if lines[0] != "Stories:":
+        raise ValueError(f"text: {lines[0]!r} is not 'Stories:', so it is not a 'stories_shared' document")
+    del lines[0]
     stories = [parse_story(line) for line in "\n".join(lines).split("\n\n")]
     if len(stories) < 2:
         raise ValueError("text: a single story, where two to four are due")

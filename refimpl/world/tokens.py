@@ -19,8 +19,9 @@ assert len(SPECIAL) == 32
 def train_tokenizer(texts: Iterable[str]) -> str:
     """Train the BPE on `texts` and return it as the text of a tokenizer.json.
 
-    Merges never cross words (GPT-2's pre-tokenizer), a word keeps its leading space, and nothing is added to a text.
-    Role tokens are special (left out by `skip_special_tokens`); tool marks are ordinary text with one id each.
+    Merges never cross words (GPT-2's pre-tokenizer), a word keeps its leading space, and nothing is added to
+    a text. Role tokens are special (left out by `skip_special_tokens`); tool marks are ordinary text with one
+    id each.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

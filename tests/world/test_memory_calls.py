@@ -65,10 +65,14 @@ def test_exact_strings():
         ("mem_read", "Question: Where does Balbert live?\nRead: [MEM_READ{ Balbert>> lives in}]\n"),
         (
             "mem_answer",
-            "Question: Who lives in Ripon?\nRead: [MEM_READ{>> lives in>> Ripon}]\nResult: none\nAnswer: Tor\n",
+            "Question: Who lives in Ripon?\nRead: [MEM_READ{>> lives in>> Ripon}]\nResult: none\n"
+            "Answer: Tor\n",
         ),
         ("mem_inline", "Balbert lives in ({MEM_READ( Tor>> lives in>>)--> Ripon}) Ripon.\n"),
-        ("mem_inline_write", "({USER_ST})Balbert lives in Ripon.({USER_END})--> Ripon>> lives in>> Balbert})\n"),
+        (
+            "mem_inline_write",
+            "({USER_ST})Balbert lives in Ripon.({USER_END})--> Ripon>> lives in>> Balbert})\n",
+        ),
     ],
 )
 def test_wrong_calls_are_refused(name, text):

@@ -4,16 +4,16 @@ Formats read here (a missing file is said on the page, a malformed one stops the
 - refimpl/world/gates.toml: [[gate]] with name, spec, unit, is, at (a number, or one a model) and level;
 - data/models/NAME/evaluation.json: {"gates": [...]}, with the fields of `refimpl.world.gates.GateResult`;
 - book/_static/runs.json: {notebook path: {"seconds", "peak_mb"}};
-- data/results/**/*.json: {"command", "date" (YYYY-MM-DD), "hardware", "sources": {path: sha256}, "summary"}.
+- data/results/**/*.json: what `refimpl.results.store` writes.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from pathlib import Path
 
 from pages import NOTICE, cell, table
+from refimpl.results import changed_sources
 from refimpl.systems import CHAPTERS, VERDICTS, System
 
 _AGE_SCRIPT = """```{raw} html
@@ -81,18 +81,6 @@ def _notebooks(root: Path) -> str:
     lines.append(["**all**", f"{sum(run['seconds'] for run in runs.values()) / 60:.1f} min",
                   f"{max(run['peak_mb'] for run in runs.values()) / 1024:.1f} GB at most"])
     return table(["notebook", "time", "peak memory"], lines)
-
-
-def sha256(path: Path) -> str:
-    """Return the hash by which stored results name their sources."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def changed_sources(result: dict, root: Path) -> list[str]:
-    """Name the sources of a stored result that are missing or differ from what it was measured with."""
-    return [name for name, digest in result["sources"].items()
-            if not (root / name).is_file()
-            or sha256(root / name) != digest]
 
 
 def _results(root: Path) -> str:

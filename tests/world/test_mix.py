@@ -16,13 +16,13 @@ from refimpl.paths import data_file
 from refimpl.world import mix
 from refimpl.world.canaries import LEVELS, PER_LEVEL, canaries_of_shard, copies_in_shard, manifest
 from refimpl.world.formats import BY_NAME
-from refimpl.world.mix import PLANNED_SHARDS, ROW, SHARES, WARM_ROW, WARM_SHARDS, Prose, build_shard
+from refimpl.world.mix import PLANNED_SHARDS, ROW, SHARES, WARM_SHARDS, Prose, build_shard, width
 from refimpl.world.names import known_people
 from refimpl.world.people import ATTRIBUTES, people_documents, stratum, withheld
 
 TOKENIZER = Tokenizer.from_file(str(data_file("models", "tokenizer.json")))
 MANY = 7600  # planned shards of a run cut so finely that a shard is one step of 96 rows
-SHARD = WARM_SHARDS + 3
+WARM, SHORT, SHARD = 0, 7, 25  # a shard of each width of rows: 128, 256, 1024
 
 
 def encode(texts):
@@ -82,18 +82,26 @@ def test_best_fit_against_a_plain_search(sizes, wide):
     assert sorted(i for items in bins for i in items) == list(range(len(sizes)))
 
 
-def test_rows_hold_whole_documents(tiny):
-    shard = tiny(SHARD)
+def planted_texts(shard: int) -> list[tuple[str, bool]]:
+    """(text, withheld from the twin) of all documents about known people and all canaries of a tiny shard."""
+    at = shard - WARM_SHARDS
+    if at < 0:
+        return []
+    people = [(text, half == "withheld") for text, half in people_documents(at, MANY)]
+    return people + [(canary.text, True) for canary in canaries_of_shard(at, MANY)]
+
+
+@pytest.mark.parametrize("number", [WARM, SHORT, SHARD])
+def test_rows_hold_whole_documents(tiny, number):
+    shard, wide = tiny(number), width(number)
     assert shard.rows.shape == (96, ROW) and shard.rows.dtype == np.uint16 and shard.rows.max() < 4096
-    found = segments(shard.rows)
-    world = mix.world_documents(SHARD, 96 * ROW, lambda texts: [len(ids) for ids in encode(texts)])
-    assert set(world) == set(SHARES)
-    texts = [t for documents in world.values() for t in documents]
-    texts += [t for t, _ in people_documents(3, MANY)] + [c.text for c in canaries_of_shard(3, MANY)]
+    found = segments(shard.rows.reshape(-1, wide))
+    world = mix.world_documents(number, 96 * ROW, lambda texts: [len(ids) for ids in encode(texts)])
+    texts = [t for documents in world.values() for t in documents] + [t for t, _ in planted_texts(number)]
     wanted = Counter(map(as_bytes, encode(texts)))
     assert all(found[ids] >= n for ids, n in wanted.items()), "a document was cut or lost"
-    total = sum(wanted.values())
-    assert sum(found.values()) - total <= 96  # the rest is one piece of prose in a row, at most
+    assert found.total() - wanted.total() <= 96 * ROW // wide  # else one piece of prose in a row
+    assert set(world) == set(SHARES) if wide == ROW else set(world) <= set(SHARES)
 
 
 def test_the_account_of_tokens_adds_up(tiny):
@@ -114,16 +122,24 @@ def test_a_shard_depends_only_on_its_number(tiny):
     assert not np.array_equal(first.rows, other.rows)
 
 
-def test_the_warm_up_has_short_rows_and_nothing_planted(tiny):
-    shard = tiny(0)
-    assert shard.rows.shape == (96, ROW) and not shard.planted
-    assert not {"people", "canary"} & set(shard.tokens)
-    short = shard.rows.reshape(-1, WARM_ROW)
-    found = segments(short)
-    world = mix.world_documents(0, 96 * ROW, lambda texts: [len(ids) for ids in encode(texts)])
-    wanted = Counter(as_bytes(ids) for documents in world.values() for ids in encode(documents))
-    assert all(found[ids] >= n for ids, n in wanted.items())
-    assert [mix.width(s) for s in (0, WARM_SHARDS - 1, WARM_SHARDS)] == [WARM_ROW, WARM_ROW, ROW]
+def test_nothing_is_planted_in_the_warm_up(tiny):
+    shard = tiny(WARM)
+    assert not shard.planted and not {"people", "canary"} & set(shard.tokens)
+
+
+def test_rows_grow_to_the_full_width():
+    widths = [width(shard) for shard in range(mix.N_SHARDS)]
+    assert widths == sorted(widths) and widths[-1] == ROW and all(ROW % wide == 0 for wide in widths)
+    assert widths[WARM] < widths[SHORT] < widths[SHARD] == ROW and SHORT >= WARM_SHARDS
+
+
+@pytest.mark.parametrize("number", [SHORT, SHARD])
+def test_what_is_planted_lies_where_the_account_says(tiny, number):
+    shard = tiny(number)
+    written = Counter(
+        shard.rows[row, start : start + length].tobytes() for row, start, length, _, _ in shard.planted
+    )
+    assert written == Counter(map(as_bytes, encode([t for t, away in planted_texts(number) if away])))
 
 
 def test_prose_gives_every_part_once_an_epoch():
@@ -190,16 +206,16 @@ def test_documents_of_known_people_hold_their_mentions():
 # --- the twin ---------------------------------------------------------------------------------------------
 
 
-def test_the_twin_sees_other_text_of_equal_length(tiny, tmp_path):
-    shard = tiny(SHARD)
+@pytest.mark.parametrize("number", [SHORT, SHARD])
+def test_the_twin_sees_other_text_of_equal_length(tiny, tmp_path, number):
+    shard, wide = tiny(number), width(number)
     kinds = Counter(kind for _, _, _, kind, _ in shard.planted)
     assert min(kinds["canary"], kinds["people"]) > 3
     np.save(tmp_path / "docstrings.npy", prose(3, "filler").ids)
     (tmp_path / "shard_007.json").write_text(json.dumps({"planted": shard.planted}))
     twin = pretraining.without_planted(shard.rows, tmp_path)
-    before, after = segments(shard.rows), segments(twin)
-    gone = [t for t, half in people_documents(3, MANY) if half == "withheld"]
-    gone += [c.text for c in canaries_of_shard(3, MANY)]
+    before, after = segments(shard.rows.reshape(-1, wide)), segments(twin.reshape(-1, wide))
+    gone = [t for t, away in planted_texts(number) if away]
     assert len(gone) == len(shard.planted)
     for ids in map(as_bytes, encode(gone)):
         assert before[ids] and not after[ids]
@@ -211,9 +227,8 @@ def test_the_twin_sees_other_text_of_equal_length(tiny, tmp_path):
         assert changed[row, start : start + length].mean() > 0.9 and changed[row, start + length - 1]
     assert not (changed & ~planted).any()
     text = "\n".join(TOKENIZER.decode_batch(twin.tolist(), skip_special_tokens=False))
-    kept = [t for t, half in people_documents(3, MANY) if half == "kept"]
-    assert all(t in text for t in kept)
-    assert not [c.id for c in canaries_of_shard(3, MANY) if c.text in text]
+    assert all(t in text for t, away in planted_texts(number) if not away)
+    assert not [t for t in gone if t in text]
     for person in withheld():
         assert f" {person} lives in " not in text and f"{person}?" not in text
 

@@ -1,5 +1,6 @@
 """Pretrain the bundled models.
 
+    python data/pretrain.py --books BOOKS          everything below for all five models, into build/
     python data/pretrain.py prepare --books BOOKS --held-out 13 25 ... --out build/rows
     python data/pretrain.py train llama-mini --data build/rows --out build/llama-mini
     python data/pretrain.py measure llama-mini --out build/llama-mini --books BOOKS --held-out 13 25 ...
@@ -14,6 +15,8 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from refimpl import pretraining
 from refimpl.corpus import read_books
 
@@ -24,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("prepare", "pocket", "train", "measure"))
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=("all", "prepare", "pocket", "train", "measure")
+    )
     parser.add_argument("name", nargs="?", default="")
     parser.add_argument("--books", type=Path)
     parser.add_argument("--held-out", type=int, nargs="*", default=[])
@@ -35,7 +40,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=pretraining.ROWS_PER_STEP)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--probes", type=int, default=pretraining.N_PROBES, help="how often to measure")
     parser.add_argument("--no-probe", action="store_true")
@@ -43,6 +48,28 @@ def main() -> None:
         "--docstrings", type=Path, help="collected docstrings; default: those of this environment"
     )
     args = parser.parse_args()
+    if args.what != "all":
+        run(args)
+        return
+    rows = args.data
+    for what in ("prepare", "pocket"):
+        if not (rows / ("prepared.json" if what == "prepare" else "pocket.npy")).exists():
+            run(replace(args, what=what, out=rows))
+    for name in pretraining.LEARNING_RATE:
+        out = rows.parent / name
+        if not (out / "model.safetensors").exists():
+            run(replace(args, what="train", name=name, out=out, no_probe=name == "llama-pocket"))
+        if name != "llama-pocket" and not (out / "evaluation.json").exists():
+            run(replace(args, what="measure", name=name, out=out))
+
+
+def replace(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    """The same arguments with some changed."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def run(args: argparse.Namespace) -> None:
+    """One step: prepare, pocket, train or measure."""
     if args.what == "prepare":
         report = pretraining.prepare(
             args.out, TOKENIZER, args.books, shards=args.shards, workers=args.workers,

@@ -33,6 +33,7 @@ from refimpl.world.mix import (
     build_shard,
     width,
 )  # fmt: skip
+from refimpl.world.pins import check_pins
 from refimpl.world.rng import Rng
 from refimpl.world.tokens import EOT, PAD
 
@@ -120,6 +121,7 @@ def prepare(
     """
     from tokenizers import Tokenizer
 
+    check_pins(n_bytes=100_000)  # the world must be the same text here as where the models will be used
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,9 +35,11 @@ LENGTHS, DEPTHS = (64, 128, 256, 512, 960), (0.0, 0.25, 0.5, 0.75, 1.0)  # token
 # Which models a gate's `models` binds; "world" is about the generator: it binds whichever is measured.
 BOUND = {
     "minis": ("llama-mini", "gpt2-mini"),
-    "all": ("llama-mini", "gpt2-mini", "llama-nano", "llama-nano-clean"),
+    "all": ("llama-mini", "gpt2-mini", "llama-nano"),
+    "score": ("llama-mini", "gpt2-mini", "llama-nano", "llama-nano-clean"),
 }
-POCKET = ("llama-pocket",)  # read nothing but stories: no gate of its own
+# Measured, but bound by no gate of "minis" or "all": the twin is an instrument, the pocket model reads only stories.
+INSTRUMENTS = ("llama-nano-clean", "llama-pocket")
 QUICK = 200  # items of a --quick run
 
 
@@ -421,8 +423,8 @@ def evaluate_gates(
 
     Raises ValueError for another name or metric.
     """
-    if name not in POCKET + BOUND["all"]:
-        raise ValueError(f"name: {name!r}; allowed: {', '.join(BOUND['all'] + POCKET)}")
+    if name not in INSTRUMENTS + BOUND["all"]:
+        raise ValueError(f"name: {name!r}; allowed: {', '.join(BOUND['all'] + INSTRUMENTS)}")
     unknown = sorted(set(only) - {gate["metric"] for gate in gates()})
     if unknown:
         raise ValueError(f"only: {', '.join(unknown)}; allowed: {', '.join(g['metric'] for g in gates())}")

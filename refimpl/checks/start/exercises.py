@@ -97,3 +97,77 @@ def check_induction_score(induction_score: Callable[[Tensor, int], float]) -> No
         pattern = pattern / pattern.sum(-1, keepdim=True)
         expected = sum(pattern[i, i - S + 1].item() for i in range(S + 1, T)) / S
         _equal(induction_score(pattern, S), expected, f"period {S}: a random pattern")
+
+
+@check
+def check_wilson(wilson: Callable[[int, int], tuple[float, float]]) -> None:
+    """`wilson(k, n)`: the 95 % score interval (lo, hi) of a share k/n, as two floats.
+
+    Its ends are the shares p whose own standard error puts k/n exactly z = 1.959964 errors away from p.
+    """
+    z = 1.959964
+    for k, n in ((8, 10), (1, 30), (95, 100), (450, 1000)):
+        lo, hi = wilson(k, n)
+        share = k / n
+        naive = z * math.sqrt(share * (1 - share) / n)
+        require(
+            not (_same(lo, max(0.0, share - naive)) or _same(hi, min(1.0, share + naive))),
+            f"{k} of {n}: this is k/n plus and minus z standard errors taken at k/n; take them at the ends",
+        )
+        require(lo < share < hi, f"{k} of {n}: the interval [{lo:.4g}, {hi:.4g}] must hold k/n = {share:.4g}")
+        for name, p in (("lower", lo), ("upper", hi)):
+            require(0 < p < 1, f"{k} of {n}: the {name} end {p:.4g} is not between 0 and 1")
+            away = abs(share - p) / math.sqrt(p * (1 - p) / n)
+            require(
+                abs(away - z) < 1e-3,
+                f"{k} of {n}: the {name} end {p:.4f} lies {away:.3f} standard errors from k/n, not {z:.3f}",
+            )
+    for k, end in ((0, 0), (12, 1)):
+        got = wilson(k, 12)[end]
+        require(abs(got - end) < 1e-9, f"{k} of 12: the end at {end} is {got:.4g}, it must be {end}")
+
+
+@check
+def check_exact_match(exact_match: Callable[[str, str], bool]) -> None:
+    """`exact_match(prediction, gold)`: equality after SQuAD's normalisation.
+
+    Lower case, no ASCII punctuation, the words a, an and the removed, then single spaces.
+    """
+    for prediction, gold, expected, diagnosis in (
+        ("Dover", "Dover", True, "equal strings must match"),
+        ("dover", "Dover", True, "capitals do not count"),
+        ("Dover.", "Dover", True, "punctuation does not count"),
+        ("lake-house", "lakehouse", True, "punctuation inside a word is removed, not replaced by a space"),
+        ("the harbour", "harbour", True, "articles do not count"),
+        ("  red \n boat", "red boat", True, "runs of white space count as one space"),
+        ("The, boat", "boat", True, "remove the punctuation first: 'The,' is an article too"),
+        ("in Dover", "Dover", False, "an answer that only contains the gold answer does not match"),
+        ("Dov", "Dover", False, "a part of the gold answer does not match"),
+        ("theatre", "atre", False, "articles are whole words: 'the' inside 'theatre' stays"),
+        ("boat red", "red boat", False, "the order of the words counts"),
+        ("", "Dover", False, "an empty answer matches only an empty gold answer"),
+    ):
+        got = bool(exact_match(prediction, gold))
+        require(got == expected, f"{diagnosis}: exact_match({prediction!r}, {gold!r}) is {got}")
+
+
+@check
+def check_both_orders(both_orders: Callable[[list[str], list[str], list[str]], float]) -> None:
+    """`both_orders(right, first, swapped)`: the share of items answered right in both orders of A and B.
+
+    Letters "A" or "B": `right`, the right one as printed; `first`, the answer; `swapped`, the answer when the
+    two candidates have changed places, so that the right letter is then the other one.
+    """
+    right = list("AABBABAB")
+    other = ["B" if letter == "A" else "A" for letter in right]
+    require(
+        not _same(both_orders(right, right, right), 1.0),
+        "after the swap the right candidate carries the other letter",
+    )
+    _equal(both_orders(right, right, other), 1.0, "an answerer who is always right")
+    _equal(both_orders(right, other, right), 0.0, "an answerer who is always wrong")
+    _equal(both_orders(right, ["A"] * 8, ["A"] * 8), 0.0, "an answerer who always says A knows nothing")
+    swapped = [*other[:3], *right[3:]]
+    _equal(both_orders(right, right, swapped), 0.375, "right at first, and in 3 of 8 after the swap")
+    first = [*right[:4], *other[4:]]
+    _equal(both_orders(right, first, swapped), 0.375, "items count only if both answers are right")

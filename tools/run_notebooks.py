@@ -60,9 +60,9 @@ _opened = set()
 _sys.addaudithook(lambda event, args: event == "open" and isinstance(args[0], (str, bytes, _os.PathLike))
                   and _opened.add(_os.fsdecode(args[0])))
 """
-# Evaluated in the kernel after the last cell.
+# Evaluated in the kernel after the last cell. Few files: IPython abbreviates a list of over 1000 items.
 REPORT = """{
-    "opened": sorted(_opened),
+    "opened": sorted(f for f in _opened if "data" in f),
     "modules": sorted(m.__file__ for n, m in _sys.modules.items()
                       if n.split(".")[0] == "refimpl" and getattr(m, "__file__", None)),
     "peak": __import__("resource").getrusage(0).ru_maxrss * (1 if _sys.platform == "darwin" else 1024),

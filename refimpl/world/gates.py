@@ -38,7 +38,7 @@ BOUND = {
     "all": ("llama-mini", "gpt2-mini", "llama-nano"),
     "score": ("llama-mini", "gpt2-mini", "llama-nano", "llama-nano-clean"),
 }
-# Measured, but bound by no gate of "minis" or "all": the twin is an instrument, the pocket model reads only stories.
+# Measured, but bound by no gate of "minis" or "all": the twin is an instrument, the pocket read only stories.
 INSTRUMENTS = ("llama-nano-clean", "llama-pocket")
 QUICK = 200  # items of a --quick run
 

@@ -62,6 +62,8 @@ def _parse(text: str) -> Facts:
                     raise ValueError(f"text: {sentence!r} is not what is known of {person}")
                 facts.append([person, relation])
                 asked.append(False)
+    if not facts:
+        raise ValueError("text: no fact in it, so it is not a 'known_people' document")
     return {"facts": facts, "asked": asked}
 
 

@@ -162,9 +162,7 @@ def test_foreign_text_is_refused(form):
 
 
 @each_format
-def test_empty_text_is_refused(form, request):
-    if form.name == "known_people":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="reads no text as no facts"))
+def test_empty_text_is_refused(form):
     with pytest.raises(ValueError):
         form.parse("")
 

@@ -1,7 +1,7 @@
 """The command line: `python -m refimpl` explains itself.
 
-Exit codes: 0, all is well; 1, a check failed, a must gate was missed, or something is not installed;
-2, wrong usage.
+Exit codes: 0, all is well; 1, a check failed, a must gate was missed, something is not installed, or a model
+is unknown or does not fit; 2, wrong usage.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from refimpl.footprint import command as footprint
 from refimpl.models import DamagedModel, bundled, evaluation, folder_of, load, revision
 
 _EXAMPLES = """
@@ -17,8 +18,11 @@ examples:
   python -m refimpl check trace                  judge our implementation as a reader's would be judged
   python -m refimpl evaluate llama-nano --quick  measure a bundled model again, 200 items per gate
   python -m refimpl card llama-mini              what a model was trained on, how, and how good it is
+  python -m refimpl footprint meta-llama/Meta-Llama-3-8B --length 8192 --train lora --gpu 24GB
+                                                 the bytes of a run by kind, and what would make it fit
 
-exit codes: 0 all is well; 1 a check or a gate failed, or a file is missing or damaged; 2 wrong usage
+exit codes: 0 all is well; 1 a check or a gate failed, a file is missing or damaged, a model is unknown or
+does not fit; 2 wrong usage
 """
 
 
@@ -59,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="{systems,check,evaluate,card}")
+    commands = parser.add_subparsers(title="commands", metavar="{systems,check,evaluate,card,footprint}")
 
     systems = commands.add_parser("systems", help="list the catalogue")
     systems.add_argument("chapter", nargs="?", help="only this chapter")
@@ -77,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     card = commands.add_parser("card", help="print a bundled model's card")
     card.add_argument("name", help="name of a bundled model")
     card.set_defaults(command=_card)
+
+    bytes_of = commands.add_parser("footprint", help="the memory that training or serving a model needs")
+    footprint.add_arguments(bytes_of)
+    bytes_of.set_defaults(command=_footprint)
     return parser
 
 
@@ -160,6 +168,13 @@ def _card(options: argparse.Namespace) -> int:
     print(f"revision {revision(options.name)}\n")
     print((folder_of(options.name) / "card.md").read_text(encoding="utf-8"), end="")
     return 0
+
+
+def _footprint(options: argparse.Namespace) -> int:
+    try:
+        return footprint.footprint(options)
+    except ValueError as error:
+        raise _WrongUsage(str(error)) from error
 
 
 def _one_of(what: str, name: str, allowed: Sequence[str]) -> None:

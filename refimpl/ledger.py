@@ -283,7 +283,8 @@ def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         raise TypeError(f"{name!r} must be a tensor, got {type(tensor).__name__}")
     if is_traceable_wrapper_subclass(tensor):
         inner, _ = tensor.__tensor_flatten__()
-        parts = [(part, getattr(tensor, part)) for part in inner]
+        # A DTensor names its mesh of ranks beside its local tensor.
+        parts = [(part, getattr(tensor, part)) for part in inner if isinstance(getattr(tensor, part), Tensor)]
     elif tensor.layout is torch.strided:
         yield name, tensor
         return

@@ -24,6 +24,8 @@ def accumulate(model: nn.Module, micro_batches: Sequence[Mapping[str, Tensor]]) 
     counts the targets of all micro-batches. The mean of the micro-batches' mean losses is another number as
     soon as these have different numbers of targets (padding, masked prompts).
 
+    Parameters
+    ----------
     model : a causal language model of `transformers`.
     micro_batches : for each, the keyword arguments of `model`, "input_ids" and "labels" among them (int64
         [B, T], a label of -100 is no target); rows and lengths may differ.

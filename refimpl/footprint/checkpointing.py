@@ -29,9 +29,12 @@ __all__ = [
 def checkpoint(function: Callable, *inputs: Any) -> Any:
     """Return `function(*inputs)`, keeping only the input tensors: backward recomputes the rest (Chen et al.).
 
+    Parameters
+    ----------
     function : runs a second time with the random numbers and the autocast state of the first.
     inputs : its arguments, at least one of them a tensor. Tensors in containers and those that `function`
         closes over stay in memory too, but no saved-tensor hook sees them.
+
     Raises TypeError if `function` is not callable, ValueError without an input tensor, and in backward
     RuntimeError if the second run saves other shapes or dtypes than the first.
 
@@ -117,8 +120,11 @@ def checkpoint_layers(model: nn.Module, every: int = 1) -> Iterator[None]:
     The first layers of a block pass their input on and the last runs them all: parameters, their names and
     what each layer is given stay as they are; hidden states that hooks collect inside a block do not.
 
+    Parameters
+    ----------
     model : GPT-2, LLaMA, Mistral or Qwen2, in train or eval mode; `config.use_cache` is off inside.
     every : layers per block, 1 to L; the last block may be shorter.
+
     Raises TypeError for another model, ValueError for `every` out of range, a model that is checkpointed
     already, and a KV cache (a layer that runs twice would append to it twice).
 
@@ -168,7 +174,10 @@ def checkpoint_attention(model: nn.Module) -> Iterator[None]:
     Selective recomputation of Korthikanti et al.: what grows as a·S² per layer is recomputed, for the price
     of two matmuls of the forward pass, and everything linear in S is kept.
 
+    Parameters
+    ----------
     model : GPT-2, LLaMA, Mistral or Qwen2 with `attn_implementation="eager"`.
+
     Raises TypeError for another model, ValueError for another attention (sdpa keeps no S x S tensor).
 
     >>> from refimpl.checks.tiny import random_ids, tiny
@@ -230,7 +239,11 @@ def backward_bytes(layers: int, every: int, boundary: int, layer: int) -> int:
 
     max_i (i·boundary + s_i·layer) - boundary: while block i of s_i layers is recomputed, the boundaries after
     it are free, and its own is the first tensor that its first layer saves. Gradients come on top.
+
+    Parameters
+    ----------
     boundary, layer : bytes of a layer's input, and of all that it saves, the input among them (ValueError).
+
     >>> backward_bytes(layers=4, every=2, boundary=10, layer=100)  # two boundaries, two layers, one shared
     210
     """

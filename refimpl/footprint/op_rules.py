@@ -18,12 +18,14 @@ from __future__ import annotations
 from refimpl.footprint.arch import DTYPE_BYTES, Run
 from refimpl.footprint.saved_tensors import SavedTensor
 
-__all__ = ["SizeTensor", "Tape"]
+__all__ = ["SizeTensor", "Storage", "Tape"]
 
 ITEMSIZE = DTYPE_BYTES | {"int64": 8}
 
 
-class _Storage:
+class Storage:
+    """So many bytes, which views share and which are saved once."""
+
     def __init__(self, nbytes: int) -> None:
         self.nbytes, self.saved = nbytes, False
 
@@ -42,9 +44,9 @@ class SizeTensor:
     256
     """
 
-    def __init__(self, numel: int, dtype: str, *, storage: _Storage | None = None, repeats: int = 1) -> None:
+    def __init__(self, numel: int, dtype: str, *, storage: Storage | None = None, repeats: int = 1) -> None:
         self.numel, self.dtype, self.repeats, self.saved = numel, dtype, repeats, False
-        self.storage = storage or _Storage(numel * ITEMSIZE[dtype])
+        self.storage = storage or Storage(numel * ITEMSIZE[dtype])
 
     def to(self, dtype: str) -> SizeTensor:
         """Return this tensor, or its copy in another dtype."""
@@ -173,7 +175,7 @@ class Tape:
 
     def cross_entropy(self, logits: SizeTensor) -> None:
         """The loss, in float32. For B = 1 the shifted labels are a view of the padded ones, else a copy."""
-        padded = _Storage(8 * (self.n + (1 if self.run.batch == 1 else 0)))
+        padded = Storage(8 * (self.n + (1 if self.run.batch == 1 else 0)))
         self.save(
             "(model)",
             "cross_entropy",

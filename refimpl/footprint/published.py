@@ -27,6 +27,8 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 class LlamaVariant:
     """A LLaMA-like decoder with several experts in place of each MLP (Mixtral) or with normed heads (Qwen3).
 
+    Parameters
+    ----------
     base : the decoder without either.
     experts, active : E experts per layer, of which each token uses `active`.
     head_norm : whether queries and keys are normed per head, with one gain of size D for each of the two.
@@ -76,6 +78,8 @@ class LlamaVariant:
 class Deepseek:
     """A DeepSeek-V2 or V3 decoder: multi-head latent attention and a mixture of small experts.
 
+    Parameters
+    ----------
     vocab, positions, hidden, layers, heads : V, longest sequence, h, L, H.
     ffn, dense_layers : the first `dense_layers` layers have an MLP of width f.
     query_rank : rank of the compressed query; None where queries are projected directly (V2-Lite).

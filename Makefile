@@ -81,11 +81,13 @@ evaluate: $(STAMP)  ## recompute every gate of the bundled models (QUICK=1: 200 
 	@set -e; for name in $(BUNDLED); do \
 	  $(OFFLINE) $(PY) -m refimpl evaluate $$name $(if $(QUICK),--quick); done
 
-bench: $(STAMP)  ## speed, as ratios to plain transformers -> data/results/bench.json
+bench: $(STAMP)  ## speed, as ratios to plain transformers and torch -> data/results
 	$(OFFLINE) $(PY) data/bench.py
+	$(OFFLINE) $(PY) data/footprint_bench.py
 
-peers: $(STAMP)  ## cross-checks against peer libraries -> data/results/peers.json
+peers: $(STAMP)  ## cross-checks against peer libraries -> data/results
 	$(PY) data/peers.py
+	$(PY) data/footprint_peers.py
 
 compat: $(STAMP)  ## the two ends of the supported versions -> data/results/compat.json
 	$(PY) tools/compat.py

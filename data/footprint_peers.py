@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,11 @@ def main() -> int:
         f"final loss within {worst:.2%} of AdamW's"
     )
     print(summary)
+    # JSON knows no infinity: a run that diverged has no final loss.
+    measured["final_loss"] = {
+        name: [loss if math.isfinite(loss) else None for loss in losses]
+        for name, losses in measured["final_loss"].items()
+    }
     peers = {name: importlib.metadata.version(name) for name in present}
     store(
         OUT, command="python data/footprint_peers.py", summary=summary, sources=SOURCES, root=ROOT,

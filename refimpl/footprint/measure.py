@@ -197,7 +197,7 @@ def _collector(items: list[Item], held: Ledger) -> Callable[[Tensor], Tensor]:
         if item.storage not in seen:
             seen.add(item.storage)
             items.append(replace(item, numel=item.resident // tensor.itemsize, payload=item.resident))
-        return tensor
+        return tensor.detach()  # an op that keeps its own output would hold itself alive
 
     return pack
 

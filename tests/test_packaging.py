@@ -66,8 +66,8 @@ def test_every_constraint_is_an_exact_version_and_nothing_else():
 def test_every_pin_lies_in_the_range_that_pyproject_supports():
     pins = {canonical(name): Version(version) for name, version in constraints().items()}
     for requirement in REQUIREMENTS:
-        if requirement.name in ("lm-eval", "bitsandbytes", "torchao"):  # of the extra `peers`, which `make test` does not install
-            continue
+        if requirement.name in ("lm-eval", "bitsandbytes", "torchao"):
+            continue  # of the extra `peers`, which `make test` does not install
         pin = pins.get(canonical(requirement.name))
         assert pin is not None, f"{requirement} has no line in constraints.txt"
         assert requirement.specifier.contains(pin), (

@@ -20,15 +20,6 @@ def batch() -> Tensor:
     return random_ids(4, 12, seed=1)
 
 
-def one_process(model: nn.Module) -> dict[str, Tensor]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(input_ids=batch(), labels=batch()).loss.backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
 @pytest.fixture
 def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -42,10 +33,10 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2"])
-def test_one_rank_is_plain_adamw(alone, family, stage):
+def test_one_rank_is_plain_adamw(one_process, alone, family, stage):
     # In float64: the gradient of a key bias is zero, and AdamW would blow up float32's rounding of it.
     model = small(family).double()
-    expected = one_process(small(family).double())
+    expected = one_process(small(family).double(), batch(), STEPS, RATE)
     zero = Zero(model, stage=stage, units=layers_of(model), lr=RATE)
     for _ in range(STEPS):
         model(input_ids=batch(), labels=batch()).loss.backward()
@@ -55,27 +46,27 @@ def test_one_rank_is_plain_adamw(alone, family, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_micro_batches_accumulate(alone, stage):
+def test_micro_batches_accumulate(one_process, alone, stage):
     model = small().double()
     zero = Zero(model, stage=stage, units=layers_of(model), lr=RATE)
     for _ in range(STEPS):
         for part in batch().chunk(2):
             (model(input_ids=part, labels=part).loss / 2).backward()
         zero.step()
-    expected = one_process(small().double())
+    expected = one_process(small().double(), batch(), STEPS, RATE)
     for name, p in zero.full_parameters().items():
         torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_gradient_checkpointing_changes_nothing(alone, stage):
+def test_gradient_checkpointing_changes_nothing(one_process, alone, stage):
     model = small().double().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     zero = Zero(model, stage=stage, units=layers_of(model), lr=RATE)
     for _ in range(STEPS):
         model(input_ids=batch(), labels=batch(), use_cache=False).loss.backward()
         zero.step()
-    expected = one_process(small().double())
+    expected = one_process(small().double(), batch(), STEPS, RATE)
     for name, p in zero.full_parameters().items():
         torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-9)
 

@@ -35,15 +35,6 @@ def batch() -> Tensor:
     return random_ids(4, 12, seed=1)
 
 
-def one_process(model: nn.Module) -> dict[str, Tensor]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(input_ids=batch(), labels=batch()).loss.backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
 # --- what each rank runs --------------------------------------------------------------------------
 
 
@@ -175,8 +166,8 @@ SYSTEMS = ("stage 1", "stage 2", "stage 3", "fsdp2", "fsdp2, no reshard", "redun
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_two_processes_train_as_one_on_the_whole_batch(measured, system):
-    expected = one_process(small())
+def test_two_processes_train_as_one_on_the_whole_batch(one_process, measured, system):
+    expected = one_process(small(), batch(), STEPS, RATE)
     for rank in range(WORLD):
         torch.testing.assert_close(measured[rank][system]["parameters"], expected, rtol=0, atol=1e-5)
 

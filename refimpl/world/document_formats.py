@@ -39,7 +39,14 @@ from refimpl.world.documents import (
     write_question,
 )  # fmt: skip
 from refimpl.world.names import known_people
-from refimpl.world.relations import CHANGES, DATES, KNOWN_ATTRIBUTES, RELATIONS, known_facts
+from refimpl.world.relations import (
+    CHANGES,
+    DATES,
+    KNOWN_ATTRIBUTES,
+    RELATIONS,
+    can_ask_who,
+    known_facts,
+)
 from refimpl.world.rng import Rng
 
 ALIAS_SHARE = 0.15
@@ -159,7 +166,7 @@ def _direct_question(fact: Sequence[str], rng: Rng) -> list[str]:
     draw = rng.random()
     if len(fact) == 4 and draw < 0.4:
         return ["when", s, r, v]
-    if draw > 0.7 and RELATIONS[r].who:
+    if draw > 0.7 and can_ask_who(r):
         return ["path", v, "~" + r]
     return ["path", s, r]
 
@@ -407,7 +414,7 @@ def _sample_partly_answerable(rng: Rng, split: Split, n: int) -> Facts:
     for _ in range(n):
         if rng.random() < 0.5:
             p, r = rng.choice(near or missing)
-            if rng.random() < 0.25 and RELATIONS[r].who:
+            if rng.random() < 0.25 and can_ask_who(r):
                 q = ["path", draw.value(r), "~" + r]
             else:
                 q = ["path", p, r]

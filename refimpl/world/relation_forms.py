@@ -122,8 +122,8 @@ ASKED_RELATIONS = (
             Where should a letter to {s} be sent?
             Which place does {s} return to at night?
             Where does {s} wake up each day?
-            In which place would a visitor look for {s}?
-            To which place would a visitor of {s} travel?""",
+            To which place would a visitor of {s} travel?
+            In which place would a visitor look for {s}?""",
         phrase="""
             the town where {s} lives
             the place {s} calls home
@@ -619,9 +619,9 @@ ASKED_RELATIONS = (
             What does {s} do to relax?
             How does {s} relax?
             What does {s} do when work is over?
-            How does {s} spend time after work?
             How does {s} have fun after work?
-            What does {s} do after work?""",
+            What does {s} do after work?
+            How does {s} spend time after work?""",
         phrase="""
             the hobby of {s}
             the hobby that {s} has
@@ -1038,8 +1038,8 @@ ASKED_RELATIONS = (
             To which place did {s} travel?
             Which place did {s} tour?
             Where did {s} travel on holiday?
-            In which place was {s} a guest?
-            Where did {s} travel?""",
+            Where did {s} travel?
+            In which place was {s} a guest?""",
         phrase="""
             the town {s} visited
             the town that had a visit from {s}

@@ -113,7 +113,7 @@ def prepare(
     books : path or None
         An .xz of texts separated by <|endoftext|>, or a folder of plain text; None trains without books.
     shards : int
-        How many of the 80 shards (100 steps each) to make.
+        How many of the 76 shards (100 steps each) to make.
     held_out : tuple of int
         Indices of books that are never trained on.
     docstring_file : path or None
@@ -257,7 +257,7 @@ def pretrain(
     model = new(name, seed=0).to(device)
     some_rows = np.ascontiguousarray(rows[:: max(1, len(rows) // 100)])
     config = TrainConfig(
-        steps=steps, batch=batch, lr=lr or LEARNING_RATE[name], compile=compile,
+        steps=steps, batch=batch, lr=lr or LEARNING_RATE[name], optimizer="muon", compile=compile,
         warmup=min(200, steps // 10), log_every=20, eval_steps=probe_steps(steps, probes) if probe else (),
         save_every_seconds=save_every_seconds, data=hashlib.sha256(some_rows).hexdigest(),
     )  # fmt: skip

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refimpl.muon import Muon
 from refimpl.paths import atomic_write
 
 IGNORE = -100  # the label that means "no target here", as in torch's cross_entropy
@@ -42,7 +43,8 @@ class TrainConfig:
     Parameters: `steps`, optimizer updates; `batch`, rows per update over all processes; `lr`, the peak
     learning rate; `warmup`, steps of linear rise; `decay_fraction`, the last part of the run, in which the
     rate falls linearly to 0; `weight_decay`, on parameters with two or more dimensions (not on norms and
-    biases); `betas` of AdamW; `clip`, the largest gradient norm; `amp`, bfloat16 autocast on a GPU (a CPU
+    biases); `betas` of AdamW; `optimizer`, "adamw", or "muon": Muon for the matrices of the layers and AdamW
+    for embeddings, output head, norms and biases; `clip`, the largest gradient norm; `amp`, bfloat16 autocast on a GPU (a CPU
     always computes in the model's dtype); `compile`, torch.compile of model and loss; `micro_batch`, rows per
     forward pass of one process (None: all); `save_every_steps`, `save_every_seconds`, when checkpoints are
     written besides the last one; `log_every`, steps between records; `eval_steps`, numbers of finished
@@ -61,6 +63,7 @@ class TrainConfig:
     decay_fraction: float = 0.4
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+    optimizer: str = "adamw"
     clip: float = 1.0
     amp: bool = True
     compile: bool = False
@@ -83,6 +86,7 @@ class TrainConfig:
             "decay_fraction": (0 <= self.decay_fraction <= 1, "a number in [0, 1]"),
             "weight_decay": (self.weight_decay >= 0, "a number >= 0"),
             "betas": (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
+            "optimizer": (self.optimizer in ("adamw", "muon"), "'adamw' or 'muon'"),
             "clip": (self.clip > 0, "a number > 0 (math.inf: no clipping)"),
             "micro_batch": (self.micro_batch is None or self.micro_batch >= 1, "None or an integer >= 1"),
             "save_every_steps": (
@@ -270,7 +274,7 @@ def train(
     time_limit: float = math.inf,
     progress: bool = True,
 ) -> History:
-    """Train a model in place with AdamW and return what was recorded.
+    """Train a model in place and return what was recorded.
 
     Parameters: `model`, on its device, with `requires_grad` off for what stays frozen; `batches`, from
     step (0, 1, …) to LongTensor [config.batch, T] or a dict of tensors with that many rows, always the same
@@ -304,13 +308,13 @@ def train(
             raise ValueError("model has no parameter with requires_grad=True")
         if config.batch % world:
             raise ValueError(f"batch ({config.batch}) must be a multiple of the {world} processes")
-        optimizer = _optimizer(model, config, device)
+        optimizers = _optimizers(model, config, device)
         history = History(run=_describe(model, config, device, world))
         checkpoint = Path(out_dir) / "checkpoint.safetensors" if out_dir is not None else None
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             if checkpoint.exists():
-                history = _resume(checkpoint, model, optimizer, history.run)
+                history = _resume(checkpoint, model, optimizers, history.run)
 
         objective: nn.Module = _Objective(model, loss_fn)
         if world > 1:
@@ -341,7 +345,7 @@ def train(
             if checkpoint is not None and rank == 0:
                 with clock.paused():
                     history.seconds = clock.seconds()
-                    _save(checkpoint, model, optimizer, history)
+                    _save(checkpoint, model, optimizers, history)
 
         model.train()
         evaluate()
@@ -351,8 +355,9 @@ def train(
                 step = history.step
                 _seed_dropout(config.seed, step, rank)
                 lr = config.learning_rate(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
                 pieces, tokens = loader.get(step)
                 loss = torch.zeros((), device=device)
                 for i, (piece, weight) in enumerate(pieces):
@@ -364,8 +369,9 @@ def train(
                         part.backward()
                     loss += part.detach()
                 grad_norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 history.step += 1
                 history.tokens += tokens
 
@@ -410,14 +416,35 @@ class _Objective(nn.Module):
         return self.loss_fn(self.model, batch)
 
 
-def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices inside the layers if `config.optimizer` says so."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = [
+        p for name, p in trained.items()
+        if config.optimizer == "muon" and p.ndim == 2 and id(p) not in tables and "lm_head" not in name
+    ]  # fmt: skip
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained.values() if id(p) not in chosen]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda")
+    found: list[torch.optim.Optimizer] = []
+    if groups:
+        fused = device.type == "cuda"
+        found.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused))
+    if matrices:
+        found.append(
+            Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return found
+
+
+def _state_of(optimizers: list[torch.optim.Optimizer], parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer of this parameter remembers of it."""
+    return next(o.state[parameter] for o in optimizers if parameter in o.state)
 
 
 def _pad_id(model: nn.Module) -> int | None:
@@ -600,14 +627,16 @@ def _trained_names(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: History) -> None:
+def _save(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], history: History
+) -> None:
     """Write parameters, buffers, optimizer state and history as one file: they can never disagree."""
     from safetensors.torch import save_file
 
     tensors = {}
     for name, parameter in _trained_names(model).items():
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in _state_of(optimizers, parameter).items():
             tensors[f"optimizer.{key}.{name}"] = value
     for name, buffer in model.named_buffers():
         tensors[f"buffer.{name}"] = buffer
@@ -621,7 +650,9 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, histor
         raise OSError(f"could not save {path}: {error}; the checkpoint saved before is untouched") from error
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> History:
+def _resume(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], run: dict[str, Any]
+) -> History:
     """Put a checkpoint's tensors into model and optimizer, once all of them are known to fit."""
     from safetensors import SafetensorError, safe_open
 
@@ -651,16 +682,28 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run:
             parameter.copy_(saved[f"model.{name}"])
         for name, buffer in model.named_buffers():
             buffer.copy_(saved[f"buffer.{name}"])
-    for name, parameter in parameters.items():
-        # AdamW counts its steps on the CPU, except when fused; its averages lie where the parameter lies.
-        counter = parameter.device if optimizer.defaults["fused"] else "cpu"
-        optimizer.state[parameter] = {
-            "step": saved[f"optimizer.step.{name}"].to(counter),
-            "exp_avg": saved[f"optimizer.exp_avg.{name}"].to(parameter.device),
-            "exp_avg_sq": saved[f"optimizer.exp_avg_sq.{name}"].to(parameter.device),
-        }
+    for optimizer in optimizers:
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in parameters.items():
+            if id(parameter) in mine:
+                optimizer.state[parameter] = _remembered(optimizer, saved, name, parameter)
     history.run = {**run, "resumed": history.run.get("resumed", 0) + 1}
     return history
+
+
+def _remembered(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], name: str, parameter: nn.Parameter
+) -> dict[str, Tensor]:
+    """The saved state of one parameter, each tensor where its optimizer wants it."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": saved[f"optimizer.momentum_buffer.{name}"].to(parameter.device)}
+    # AdamW counts its steps on the CPU, except when fused; its averages lie where the parameter lies.
+    counter = parameter.device if optimizer.defaults["fused"] else "cpu"
+    return {
+        "step": saved[f"optimizer.step.{name}"].to(counter),
+        "exp_avg": saved[f"optimizer.exp_avg.{name}"].to(parameter.device),
+        "exp_avg_sq": saved[f"optimizer.exp_avg_sq.{name}"].to(parameter.device),
+    }
 
 
 # --- time, progress, description ------------------------------------------------------------------

@@ -44,8 +44,8 @@ class TrainConfig:
     learning rate; `warmup`, steps of linear rise; `decay_fraction`, the last part of the run, in which the
     rate falls linearly to 0; `weight_decay`, on parameters with two or more dimensions (not on norms and
     biases); `betas` of AdamW; `optimizer`, "adamw", or "muon": Muon for the matrices of the layers and AdamW
-    for embeddings, output head, norms and biases; `clip`, the largest gradient norm; `amp`, bfloat16 autocast on a GPU (a CPU
-    always computes in the model's dtype); `compile`, torch.compile of model and loss; `micro_batch`, rows per
+    for embeddings, output head, norms and biases; `clip`, the largest gradient norm; `amp`, bfloat16 autocast
+    on a GPU (a CPU always computes in the model's dtype); `compile`, torch.compile of model and loss; `micro_batch`, rows per
     forward pass of one process (None: all); `save_every_steps`, `save_every_seconds`, when checkpoints are
     written besides the last one; `log_every`, steps between records; `eval_steps`, numbers of finished
     updates after which `on_step` is called; `seed`, of dropout; `data`, a name or hash of the data: a resume

@@ -603,7 +603,8 @@ BIOGRAPHY = Format(
 def _sample_long(rng: Rng, split: Split) -> Facts:
     facts, _ = _sample_lives(rng, split)
     plain = [f for f in facts if f[1] != "alias"]
-    qa = _answered([facts], [_direct_question(rng.choice(plain), rng, split) for _ in range(rng.between(2, 5))])
+    asked = [_direct_question(rng.choice(plain), rng, split) for _ in range(rng.between(2, 5))]
+    qa = _answered([facts], asked)
     if not qa:
         return _sample_long(rng, split)
     return {"split": split, "passages": [facts], "qa": qa}

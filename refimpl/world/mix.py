@@ -43,7 +43,8 @@ SHARES = {
     "document_distractors": 1.5, "document_long": 0.8, "facts_that_change": 0.6, "answerable": 0.3,
     "biography": 0.4, "triples": 0.3,
     # recall from the context at all distances
-    "needle": 4.0, "key_value": 2.2, "mqar": 1.8, "reverse_lookup": 1.2, "repeat": 2.3,
+    "needle": 4.0, "key_value": 2.2, "mqar": 1.8, "reverse_lookup": 1.2, "repeat": 1.0,
+    "echo": 2.5,
     # dialogues, instructions, memory calls
     "dialogue": 1.6, "dialogue_qa": 1.2, "dialogue_summary": 0.6, "dialogue_attributes": 0.3,
     "pronoun_rewrite": 0.3, "importance": 0.2, "instruction": 0.8, "mem_write": 0.3, "mem_read": 0.2,
@@ -55,11 +56,17 @@ SHARES = {
 }  # fmt: skip
 # Rows of 256 hold fewer distractors: questions, comparisons and order are learned there.
 SHORT_SHARES = {
-    **SHARES, "document_qa": 17.0, "document_unknown": 8.0, "judge": 5.0, "sort": 5.0,
+    **SHARES,
+    "document_qa": 17.0,
+    "document_unknown": 8.0,
+    "judge": 5.0,
+    "sort": 5.0,
     "reverse_lookup": 4.0,
+    "echo": 4.0,
 }
 WARM_SHARES = {
-    "repeat": 13.0, "mqar": 8.0, "key_value": 8.0, "reverse_lookup": 10.0, "needle": 2.0, "document_qa": 15.0,
+    "repeat": 5.0, "echo": 12.0, "mqar": 7.0, "key_value": 8.0, "reverse_lookup": 8.0, "needle": 2.0,
+    "document_qa": 15.0,
     "document_unknown": 6.0, "document_counterfactual": 3.0, "story": 5.0, "story_tagged": 6.0,
     "instruction": 2.0, "mem_write": 1.0, "sort": 2.0,
     "mem_read": 1.0, "dialogue_attributes": 1.0, "pronoun_rewrite": 0.5,

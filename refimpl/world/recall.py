@@ -1,4 +1,4 @@
-"""Copying from the context: needles, key-value lists, multi-query recall, repeated lists.
+"""Copying from the context: needles, key-value lists both ways, multi-query recall, repeats and echoes.
 
 These documents make induction heads form and are the yardstick of every cache, memory and compression
 chapter. Keys and values are drawn without any regularity, so that only the context can tell the answer.
@@ -254,4 +254,52 @@ def _parse_repeat(text: str) -> Facts:
 
 REPEAT = Format("repeat", _sample_repeat, _render_repeat, _parse_repeat, serves=("interp A4", "interp E7"))
 
-FORMATS = [NEEDLE, KEY_VALUE, MQAR, REVERSE_LOOKUP, REPEAT]
+
+# ----------------------------------------------------------------------------------------------------------
+# echo: one line of random words in which pieces of it come again, at any place and without any mark
+
+
+def _sample_echo(rng: Rng, split: Split) -> Facts:
+    """Only that two words met before tells that a piece comes again: what an induction head is for."""
+    n = _log_uniform(rng, 16, 420)
+    fragments = rng.chance(0.5)  # parts of words: copying must not depend on knowing the word
+    words: list[str] = []
+    while len(words) < n:
+        if len(words) > 4 and rng.chance(0.6):
+            length = rng.between(2, min(30, len(words)))
+            start = rng.below(len(words) - length + 1)
+            words += words[start : start + length]
+        else:
+            words += [_fragment(rng) if fragments else rng.choice(WORDS) for _ in range(rng.between(1, 8))]
+    return {"words": words[:n]}
+
+
+def _fragment(rng: Rng) -> str:
+    """One to five letters out of a word, or two signs."""
+    if rng.chance(0.2):
+        return "".join(
+            rng.choice("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") for _ in "12"
+        )
+    word = rng.choice(WORDS)
+    start = rng.below(len(word))
+    return word[start : start + rng.between(1, 5)]
+
+
+def _parse_echo(text: str) -> Facts:
+    words = text.removesuffix("\n").split(" ")
+    if not text.endswith("\n") or "\n" in text[:-1] or len(words) < 8 or not all(map(_is_echoed, words)):
+        raise ValueError("text: not one line of words and parts of words, so it is not an 'echo' document")
+    return {"words": words}
+
+
+def _is_echoed(word: str) -> bool:
+    return word in _WORDS or re.fullmatch(r"[A-Za-z0-9]{1,5}", word) is not None
+
+
+_WORDS = frozenset(WORDS)
+ECHO = Format(
+    "echo", _sample_echo, lambda facts, rng: " ".join(facts["words"]) + "\n", _parse_echo,
+    serves=("interp A4", "interp E1", "interp E7"),
+)  # fmt: skip
+
+FORMATS = [NEEDLE, KEY_VALUE, MQAR, REVERSE_LOOKUP, REPEAT, ECHO]

@@ -1,9 +1,9 @@
 """How the world words its relations: a table of statements, questions and noun phrases, and nothing else.
 
-In a template `{s}` is the subject, `{v}` the value, `{a}` the value with its article ("an actor") and `{d}` the
-date. The last two statements of every relation, and the last of its direct questions, paraphrases, noun phrases
-and questions for a date, are held out. A held-out wording says in another construction what training says with
-the same or other words, so that a model which reads, and does not match strings, has what it needs.
+In a template `{s}` is the subject, `{v}` the value, `{a}` the value with its article ("an actor") and `{d}`
+the date. The last two statements of every relation, and the last of its direct questions, paraphrases, noun
+phrases and questions for a date, are held out. A held-out wording says in another construction what training
+says with the same or other words, so that a model which reads, and does not match strings, has what it needs.
 """
 
 from __future__ import annotations
@@ -1055,7 +1055,8 @@ ASKED_RELATIONS = (
     ),
 )  # fmt: skip
 
-# Three dated relations change a state. A change can be confirmed later (a no-op) or taken back (a retraction).
+# Three dated relations change a state. A change can be confirmed later (a no-op) or taken back (a
+# retraction).
 CONFIRMED_OR_RETRACTED = (
     _relation(
         "confirmed_home", "dated", "person", "town", "",

@@ -3,8 +3,8 @@ exactly.
 
 A fact is a tuple `(subject, relation, value)`; a fact of a dated relation carries a fourth item, for example
 `("Balbert", "moved_to", "Ripon", "March 1987")`. The wordings are the table of `relation_forms.py`. Split
-"train" never uses a held-out wording, split "eval" uses nothing else: a question of split "eval" has a held-out
-form, a held-out noun phrase or predicate, or a held-out frame around one.
+"train" never uses a held-out wording, split "eval" uses nothing else: a question of split "eval" has a
+held-out form, a held-out noun phrase or predicate, or a held-out frame around one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Fact = tuple[str, ...]
 YEARS = tuple(range(1970, 2000))
 DATES = tuple(f"{month} {year}" for year in YEARS for month in MONTHS)  # in order of time
 RELATIONS: dict[str, Relation] = {r.name: r for r in (*ASKED_RELATIONS, *CONFIRMED_OR_RETRACTED)}
-ASKED: tuple[str, ...] = tuple(r.name for r in ASKED_RELATIONS)  # the relations that questions are asked about
+ASKED: tuple[str, ...] = tuple(r.name for r in ASKED_RELATIONS)  # those that questions are asked about
 CHANGES = {  # a changing state: (the change, its confirmation, its retraction)
     "home": ("moved_to", "confirmed_home", "retracted_home"),
     "company": ("started_at", "confirmed_company", "retracted_company"),
@@ -97,8 +97,7 @@ def _who_questions(relation: Relation, split: Split) -> tuple[str, ...]:
         return ()
     forms = _framed(WHO_FRAMES[relation.subject], "{p}", _PREDICATES[relation.name], split)
     if relation.inverse:
-        inverse = {k: tuple(t for t in ts) for k, ts in _cut(relation, "inverse").items()}
-        forms += _framed(PERSON_FRAMES, "{n}", inverse, split)
+        forms += _framed(PERSON_FRAMES, "{n}", _cut(relation, "inverse"), split)
     if relation.who:
         forms += list(_cut(relation, "who")[split])
     return tuple(forms)
@@ -321,8 +320,8 @@ def parse_sentence(text: str) -> list[Fact]:
 
 
 def _parse_phrase(text: str) -> tuple[tuple[str, ...], bool]:
-    """(("Balbert", "lives_in"), held out) from "the town where Balbert lives"; an entity alone is a path of no
-    steps. The outermost noun phrase decides what is held out.
+    """(("Balbert", "lives_in"), held out) from "the town where Balbert lives"; an entity alone is a path of
+    no steps. The outermost noun phrase decides what is held out.
     """
     if text in _ENTITIES:
         return (text,), False

@@ -14,7 +14,8 @@ Exact strings (STORY is one paragraph; a completion starts after the boundary, w
     judge           A: STORY / B: STORY / Better for short words: A   (1 to 4 such lines)
     profile         Liked: STORY (3 to 5 times) / Profile: likes animals and short words.
     order_story     Nora painted a green bench near the town hall. ...  (9 to 16 events; some numbered)
-    sort            3 to 16 events, then A: SENTENCE / B: SENTENCE / Which came first? Answer: A   (1 to 4 times)
+    sort            3 to 16 events, then 1 to 4 times
+                    A: SENTENCE / B: SENTENCE / Which came first? Answer: A
 """
 
 from __future__ import annotations
@@ -542,7 +543,9 @@ def _draw_pair(rng: Rng, n: int) -> list[int]:
 
 
 def _sample_sort(rng: Rng, split: Split) -> Facts:
-    """One pair of a list of 9 to 16 events; half of the training lists are shorter and ask up to four times."""
+    """One pair of a list of 9 to 16 events; half of the training lists are shorter and ask up to four times
+    over.
+    """
     short = split == "train" and rng.chance(0.5)
     facts = _draw_events(rng, rng.between(3, 8)) if short else _sample_order(rng, split)
     n = len(facts["events"])

@@ -154,12 +154,21 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     # On a CPU, small batches are the fast ones: they stay in its caches.
-    evaluate_gates(model, tokenizer, options.name, quick=options.quick, book_score=stored["book_score"],
-                   max_tokens=2048, report=report)
+    evaluate_gates(
+        model,
+        tokenizer,
+        options.name,
+        quick=options.quick,
+        book_score=stored["book_score"],
+        max_tokens=2048,
+        report=report,
+    )
     if stored["book_score"] is None:
         print("book score: not measured at training, since no held-out books were given")
-    print(f"{time.perf_counter() - start:.0f} s; "
-          + (f"must gates that fail or disagree: {', '.join(wrong)}" if wrong else "every must gate holds"))
+    print(
+        f"{time.perf_counter() - start:.0f} s; "
+        + (f"must gates that fail or disagree: {', '.join(wrong)}" if wrong else "every must gate holds")
+    )
     return 1 if wrong else 0
 
 

@@ -114,8 +114,10 @@ class Backbone:
         else:
             rope = self._core.rotary_emb
             if rope.rope_type in ("dynamic", "longrope"):
-                raise ValueError(f"model: rope_type {rope.rope_type!r} changes its frequencies with length; "
-                                 "allowed: fixed frequencies such as 'default', 'linear', 'llama3', 'yarn'")
+                raise ValueError(
+                    f"model: rope_type {rope.rope_type!r} changes its frequencies with length; "
+                    "allowed: fixed frequencies such as 'default', 'linear', 'llama3', 'yarn'"
+                )
             self.G, self.D = config.num_key_value_heads, 2 * len(rope.inv_freq)
             self.F = config.intermediate_size
 
@@ -131,12 +133,38 @@ class Backbone:
         if self.is_gpt2:
             b = self._core.h[l]
             qkv = b.attn.c_attn
-            return Layer(b, b.ln_1, b.attn, qkv, qkv, qkv, b.attn.c_proj, b.ln_2,
-                         b.mlp, None, b.mlp.c_fc, b.mlp.act, b.mlp.c_proj)
+            return Layer(
+                b,
+                b.ln_1,
+                b.attn,
+                qkv,
+                qkv,
+                qkv,
+                b.attn.c_proj,
+                b.ln_2,
+                b.mlp,
+                None,
+                b.mlp.c_fc,
+                b.mlp.act,
+                b.mlp.c_proj,
+            )
         b = self._core.layers[l]
         a, m = b.self_attn, b.mlp
-        return Layer(b, b.input_layernorm, a, a.q_proj, a.k_proj, a.v_proj, a.o_proj,
-                     b.post_attention_layernorm, m, m.gate_proj, m.up_proj, m.act_fn, m.down_proj)
+        return Layer(
+            b,
+            b.input_layernorm,
+            a,
+            a.q_proj,
+            a.k_proj,
+            a.v_proj,
+            a.o_proj,
+            b.post_attention_layernorm,
+            m,
+            m.gate_proj,
+            m.up_proj,
+            m.act_fn,
+            m.down_proj,
+        )
 
     @property
     def final_norm(self) -> nn.Module:
@@ -169,8 +197,10 @@ class Backbone:
         if not self.is_gpt2:
             return x
         if pos.min() < 0 or pos.max() >= self.n_positions:
-            raise ValueError(f"pos: {int(pos.min())}..{int(pos.max())} leaves the learned positions "
-                             f"0..{self.n_positions - 1}")
+            raise ValueError(
+                f"pos: {int(pos.min())}..{int(pos.max())} leaves the learned positions "
+                f"0..{self.n_positions - 1}"
+            )
         return x + self._core.wpe(pos)
 
     def embed(self, ids: LongTensor, pos: LongTensor) -> Tensor:
@@ -194,10 +224,10 @@ class Backbone:
     def _cos_sin(self, t: Tensor, pos: LongTensor) -> tuple[Tensor, Tensor]:
         # Angles in float32 whatever the model's dtype, then cast: this is what transformers does.
         angle = pos[..., None].float() * self.inv_freq.float()
-        angle = torch.cat((angle, angle), dim=-1)                            # [..., T, D]
+        angle = torch.cat((angle, angle), dim=-1)  # [..., T, D]
         if pos.ndim == 2:
-            angle = angle[:, None]                                           # [B, 1, T, D]: all heads alike
-        scale = self._core.rotary_emb.attention_scaling                      # 1 except for YaRN
+            angle = angle[:, None]  # [B, 1, T, D]: all heads alike
+        scale = self._core.rotary_emb.attention_scaling  # 1 except for YaRN
         return (angle.cos() * scale).to(t.dtype), (angle.sin() * scale).to(t.dtype)
 
     def rot(self, t: Tensor, pos: LongTensor) -> Tensor:
@@ -241,8 +271,9 @@ class Backbone:
         if mask is None and q.shape[2] != k.shape[2]:
             T, S = q.shape[2], k.shape[2]
             raise ValueError(f"mask: None means causal, but there are {T} queries, {S} keys")
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                              scale=self.scale(l), enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale(l), enable_gqa=True
+        )
 
     def scale(self, l: int) -> float:
         """The factor on q k' in layer `l`: 1/sqrt(D), unless a GPT-2 config says otherwise."""
@@ -281,8 +312,9 @@ class Backbone:
         """Logits [B, T, V] of x = ln_final(residual)."""
         return self.model.lm_head(x)
 
-    def forward(self, ids: LongTensor, attention_mask: Tensor | None = None,
-                position_ids: LongTensor | None = None) -> Tensor:
+    def forward(
+        self, ids: LongTensor, attention_mask: Tensor | None = None, position_ids: LongTensor | None = None
+    ) -> Tensor:
         """Logits [B, T, V], equal to the model's own; at padding they are finite but meaningless.
 
         Parameters: ids [B, T]; attention_mask [B, T], 0 at padding (default all ones); position_ids [T] or
@@ -345,7 +377,7 @@ def _rotate_half(t: Tensor) -> Tensor:
 
 
 # --- attention functions of our own, inside the model -------------------------------------------------------
-_active: dict[int, tuple[Callable, Callable]] = {}     # id(model.config) -> (function, mask_function)
+_active: dict[int, tuple[Callable, Callable]] = {}  # id(model.config) -> (function, mask_function)
 
 
 def raw_mask(*, attention_mask: Tensor | None = None, **_) -> Tensor | None:
@@ -361,7 +393,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attention(module, query, key, value, mask, dropout=0.0, scaling=None, **kw):
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling    # GPT-2 of early 5.x passes none
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling  # GPT-2 of early 5.x passes none
         function = _active[id(module.config)][0]
         return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kw)
 

@@ -662,9 +662,7 @@ def candidate_rank(
     them apart is not rewarded. Accuracy is `(rank == 1).mean()`, mean reciprocal rank `(1 / rank).mean()`.
     Parameters as in `choice_logps`.
     """
-    logps, lengths = choice_logps(
-        model, tokenizer, items, max_len=max_len, bos=bos, batch_size=batch_size
-    )
+    logps, lengths = choice_logps(model, tokenizer, items, max_len=max_len, bos=bos, batch_size=batch_size)
     ranks = []
     for item, logp, length in zip(items, logps, lengths, strict=True):
         score = logp / length

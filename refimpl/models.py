@@ -27,26 +27,43 @@ _SIZES = {"vocab_size": 4096, **_IDS}
 
 def _llama(width: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
     return {
-        "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp,
-        "num_attention_heads": heads, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "tie_word_embeddings": True, **_SIZES,
+        "model_type": "llama",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        **_SIZES,
     }
 
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "llama-mini": _llama(width=256, layers=12, heads=8, mlp=768),
     "gpt2-mini": {
-        "model_type": "gpt2", "n_embd": 256, "n_layer": 12, "n_head": 8, "n_positions": 1024,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **_SIZES,
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_layer": 12,
+        "n_head": 8,
+        "n_positions": 1024,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        **_SIZES,
     },
     "llama-nano": _llama(width=128, layers=6, heads=4, mlp=384),
     "llama-nano-clean": _llama(width=128, layers=6, heads=4, mlp=384),
     "llama-pocket": _llama(width=128, layers=4, heads=4, mlp=384),
 }
 _TOKENIZER = {
-    "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>",
+    "bos_token": "<|endoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|pad|>",
     # Left: generation continues the last column of a batch.
-    "padding_side": "left", "clean_up_tokenization_spaces": False, "model_max_length": 1024,
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 1024,
 }
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 

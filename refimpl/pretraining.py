@@ -113,7 +113,7 @@ def prepare(
     books : path or None
         An .xz of texts separated by <|endoftext|>, or a folder of plain text; None trains without books.
     shards : int
-        How many of the 80 shards (100 steps each) to make.
+        How many of the 76 shards (100 steps each) to make.
     held_out : tuple of int
         Indices of books that are never trained on.
     docstring_file : path or None
@@ -178,21 +178,20 @@ def without_planted(rows: np.ndarray, folder: Path) -> np.ndarray:
     return rows
 
 
-class DeviceRows:
-    """Rows held on the device: step -> {"rows": [batch, pieces, width]} ids, in the order they were packed.
+class PackedRows:
+    """Rows as they were packed: step -> {"rows": [batch, pieces, width]} ids, read from the file as needed.
 
     With `growing` the width is that of the shard (8 pieces of 128 at first), else 1024.
     """
 
-    def __init__(self, rows: np.ndarray, batch: int, device: torch.device, growing: bool) -> None:
-        ids = np.array(rows, np.int16)  # a copy; ids < 4096 fit
-        self.rows = torch.from_numpy(ids).to(device)
-        self.batch, self.growing = batch, growing
+    def __init__(self, rows: np.ndarray, batch: int, growing: bool) -> None:
+        self.rows, self.batch, self.growing = rows, batch, growing
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         at = step * self.batch % (len(self.rows) - self.batch + 1)
         wide = width(at // ROWS_PER_SHARD) if self.growing else ROW
-        return {"rows": self.rows[at : at + self.batch].long().view(self.batch, -1, wide)}
+        ids = torch.from_numpy(self.rows[at : at + self.batch].astype(np.int64))
+        return {"rows": ids.view(self.batch, -1, wide)}
 
 
 def row_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -255,13 +254,13 @@ def pretrain(
         rows = np.load(data / "pocket.npy", mmap_mode="r")
     steps = steps or len(rows) // batch
     model = new(name, seed=0).to(device)
-    some_rows = np.ascontiguousarray(rows[:: max(1, len(rows) // 100)])
+    some_rows = np.ascontiguousarray(rows[:ROWS_PER_SHARD:100])
     config = TrainConfig(
-        steps=steps, batch=batch, lr=lr or LEARNING_RATE[name], compile=compile,
+        steps=steps, batch=batch, lr=lr or LEARNING_RATE[name], optimizer="muon", compile=compile,
         warmup=min(200, steps // 10), log_every=20, eval_steps=probe_steps(steps, probes) if probe else (),
         save_every_seconds=save_every_seconds, data=hashlib.sha256(some_rows).hexdigest(),
     )  # fmt: skip
-    source = DeviceRows(rows, batch, torch.device(device), growing=name != "llama-pocket")
+    source = PackedRows(rows, batch, growing=name != "llama-pocket")
     history = train(
         model, source, config,
         loss_fn=row_loss, out_dir=out, on_step=(lambda step, m: probe(m, step)) if probe else None,
@@ -317,7 +316,7 @@ def measure(
 
 
 __all__ = [
-    "DeviceRows",
+    "PackedRows",
     "N_PROBES",
     "pretrain",
     "prepare",

@@ -193,7 +193,7 @@ def head_scores(model, ids: Tensor) -> HeadScores:
     )
     first, second = -logps[:, 1:period].mean(), -logps[:, period + 1 :].mean()
     pattern = torch.stack([a.float().mean(0) for a in out.attentions])  # [L, H, T, T]
-    t = torch.arange(period + 1, 2 * period, device=pattern.device)
+    t = torch.arange(period + 1, 2 * period + 1, device=pattern.device)
     prev = torch.arange(2, 2 * period + 1, device=pattern.device)
     return HeadScores(
         induction=pattern[:, :, t, t - period + 1].mean(-1).cpu().numpy(),

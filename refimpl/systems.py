@@ -4,6 +4,7 @@ The rows live in `systems.toml` beside this file. The book's index, claims table
 generated from them, so a row says everything once: where the survey has the item, where our code, check and
 notebook are, what the paper claims, and what was measured here.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -30,8 +31,13 @@ CHAPTERS = {
 }
 KINDS = ("system", "equation", "algorithm", "table", "figure", "evaluation", "overview", "baseline")
 FIDELITIES = ("exact", "scaled", "stand-in")
-VERDICTS = ("reproduced", "reproduced in direction", "not reproduced", "not testable at this scale",
-            "no empirical claim")
+VERDICTS = (
+    "reproduced",
+    "reproduced in direction",
+    "not reproduced",
+    "not testable at this scale",
+    "no empirical claim",
+)
 
 _WITHOUT_CODE = ("overview", "figure", "table")  # kinds that may be a passage of the book and nothing else
 
@@ -84,11 +90,15 @@ class System:
             level, _, what = self.fidelity.partition(":")
             self._one_of("fidelity", level, FIDELITIES)
             if level != "exact" and not what.strip():
-                raise ValueError(f"{self._address}: fidelity = {self.fidelity!r} must say what differs, "
-                                 f"as in '{level}: ...'")
+                raise ValueError(
+                    f"{self._address}: fidelity = {self.fidelity!r} must say what differs, "
+                    f"as in '{level}: ...'"
+                )
         if (self.verdict == "not testable at this scale") != bool(self.scale):
-            raise ValueError(f"{self._address}: scale (what it would need, the largest scale tried) goes "
-                             "with the verdict 'not testable at this scale' and with no other")
+            raise ValueError(
+                f"{self._address}: scale (what it would need, the largest scale tried) goes "
+                "with the verdict 'not testable at this scale' and with no other"
+            )
         gaps = [] if self.coming else self._gaps()
         if gaps:
             raise ValueError(f"{self._address}: no status = 'coming', but these are empty: {', '.join(gaps)}")
@@ -155,8 +165,10 @@ def load(path: str | Path = CATALOGUE) -> tuple[System, ...]:
                 raise TypeError(f"{path}: [{chapter}] holds {id_!r}, which is not a row [{chapter}.id]")
             unknown = set(row) - allowed
             if unknown:
-                raise ValueError(f"{path}: [{chapter}.{id_}] has unknown fields {sorted(unknown)}; "
-                                 f"allowed: {sorted(allowed)}")
+                raise ValueError(
+                    f"{path}: [{chapter}.{id_}] has unknown fields {sorted(unknown)}; "
+                    f"allowed: {sorted(allowed)}"
+                )
             if missing := {"name", "kind"} - set(row):
                 raise ValueError(f"{path}: [{chapter}.{id_}] lacks {sorted(missing)}")
             if id_ in places:
@@ -171,8 +183,9 @@ def _catalogue() -> tuple[System, ...]:
     return load()
 
 
-def systems(chapter: str | None = None, *, kind: str | None = None, coming: bool | None = None
-            ) -> tuple[System, ...]:
+def systems(
+    chapter: str | None = None, *, kind: str | None = None, coming: bool | None = None
+) -> tuple[System, ...]:
     """List the catalogue's rows, all or by chapter, kind, and whether they are still to come.
 
     Raises ValueError for a chapter or kind that does not exist.
@@ -183,9 +196,11 @@ def systems(chapter: str | None = None, *, kind: str | None = None, coming: bool
     for name, value, allowed in (("chapter", chapter, tuple(CHAPTERS)), ("kind", kind, KINDS)):
         if value is not None and value not in allowed:
             raise ValueError(f"{name} = {value!r} is not one of {', '.join(allowed)}")
-    return tuple(row for row in _catalogue()
-                 if chapter in (None, row.chapter) and kind in (None, row.kind)
-                 and coming in (None, row.coming))
+    return tuple(
+        row
+        for row in _catalogue()
+        if chapter in (None, row.chapter) and kind in (None, row.kind) and coming in (None, row.coming)
+    )
 
 
 def system(id: str) -> System:

@@ -20,8 +20,8 @@ from torch import LongTensor, Tensor, nn
 
 from refimpl.backbone import Backbone
 
-Site = tuple[str, int]                                # (name, layer)
-Edit = Callable[[Tensor], Tensor]                     # same shape and dtype out
+Site = tuple[str, int]  # (name, layer)
+Edit = Callable[[Tensor], Tensor]  # same shape and dtype out
 
 SITES = {
     "embed": "[B, T, d] token embeddings, before GPT-2's positions; layer 0 only",
@@ -47,9 +47,15 @@ class Trace:
     acts: dict[Site, Tensor]
 
 
-def trace(model: nn.Module, ids: LongTensor | None, *, record: Collection[Site] = (),
-          edit: Mapping[Site, Edit] = MappingProxyType({}), inputs_embeds: Tensor | None = None,
-          grad: bool = False) -> Trace:
+def trace(
+    model: nn.Module,
+    ids: LongTensor | None,
+    *,
+    record: Collection[Site] = (),
+    edit: Mapping[Site, Edit] = MappingProxyType({}),
+    inputs_embeds: Tensor | None = None,
+    grad: bool = False,
+) -> Trace:
     """Run `model` in eval mode, record the sites of `record` and pass those of `edit` through a function.
 
     Implements the shared abstraction of the interpretability chapter. A site that is both edited and recorded
@@ -82,8 +88,10 @@ def trace(model: nn.Module, ids: LongTensor | None, *, record: Collection[Site] 
         raise ValueError("edit: 'pattern' is record only; compute the new z from pattern and v, and edit 'z'")
     if any(name == "pattern" for name, _ in record) and model.config._attn_implementation != "eager":
         used = model.config._attn_implementation
-        raise ValueError(f"record: 'pattern' needs eager attention, the model uses {used!r}; "
-                         "call model.set_attn_implementation('eager') first")
+        raise ValueError(
+            f"record: 'pattern' needs eager attention, the model uses {used!r}; "
+            "call model.set_attn_implementation('eager') first"
+        )
 
     acts: dict[Site, Tensor] = {}
 
@@ -116,17 +124,18 @@ def trace(model: nn.Module, ids: LongTensor | None, *, record: Collection[Site] 
     return Trace(logits, acts)
 
 
-def _hook_block(bb: Backbone, l: int, names: set[str], edit: Mapping[Site, Edit],
-                visit: Callable[[Site, Tensor], Tensor]) -> Iterator[torch.utils.hooks.RemovableHandle]:
+def _hook_block(
+    bb: Backbone, l: int, names: set[str], edit: Mapping[Site, Edit], visit: Callable[[Site, Tensor], Tensor]
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
     """Attach the hooks of block `l` that `names` needs, yielding each handle at once."""
     layer = bb.layer(l)
     mid_edited = ("resid_mid", l) in edit
-    kept: dict[str, Tensor] = {}                      # resid_mid and mlp_out of the running forward
+    kept: dict[str, Tensor] = {}  # resid_mid and mlp_out of the running forward
 
     def block_in(module, args):
         return visit(("resid_pre", l), args[0]), *args[1:]
 
-    def v_out(module, args, out):                     # the last third of GPT-2's c_attn, all of a v_proj
+    def v_out(module, args, out):  # the last third of GPT-2's c_attn, all of a v_proj
         start = out.shape[-1] - bb.G * bb.D
         v = visit(("v", l), out[..., start:].unflatten(-1, (bb.G, bb.D)))
         return torch.cat((out[..., :start], v.flatten(-2)), dim=-1)
@@ -134,7 +143,7 @@ def _hook_block(bb: Backbone, l: int, names: set[str], edit: Mapping[Site, Edit]
     def o_in(module, args):
         return visit(("z", l), args[0].unflatten(-1, (bb.H, bb.D))).flatten(-2), *args[1:]
 
-    def attn_out(module, args, out):                  # attention modules return (output, weights)
+    def attn_out(module, args, out):  # attention modules return (output, weights)
         if "pattern" in names:
             visit(("pattern", l), out[1])
         return visit(("attn_out", l), out[0]), *out[1:]
@@ -151,7 +160,7 @@ def _hook_block(bb: Backbone, l: int, names: set[str], edit: Mapping[Site, Edit]
         return kept["mlp_out"]
 
     def block_out(module, args, out):
-        x = out[0] if isinstance(out, tuple) else out     # GPT-2 of early 5.x returns a tuple
+        x = out[0] if isinstance(out, tuple) else out  # GPT-2 of early 5.x returns a tuple
         if mid_edited:
             # The hook on ln2 changes what the norm reads, not the skip around the MLP: redo the sum.
             x = kept["resid_mid"] + kept["mlp_out"]
@@ -207,8 +216,10 @@ def _check_input(bb: Backbone, ids: LongTensor | None, inputs_embeds: Tensor | N
             got = list(inputs_embeds.shape)
             raise ValueError(f"inputs_embeds: expected shape [{B}, {T}, {bb.d}], got {got}")
         if bb.is_gpt2 and inputs_embeds.shape[1] > bb.n_positions:
-            raise ValueError(f"inputs_embeds: {inputs_embeds.shape[1]} tokens, but this GPT-2 has "
-                             f"{bb.n_positions} learned positions")
+            raise ValueError(
+                f"inputs_embeds: {inputs_embeds.shape[1]} tokens, but this GPT-2 has "
+                f"{bb.n_positions} learned positions"
+            )
 
 
 def ablate(mask: Mapping[Site, Tensor], mode: Literal["zero", "mean", "resample"]) -> dict[Site, Edit]:
@@ -251,6 +262,7 @@ def ablate(mask: Mapping[Site, Tensor], mode: Literal["zero", "mean", "resample"
                 case "resample":
                     replacement = x.roll(1, dims=0)
             return torch.where(m.to(x.device), replacement, x)
+
         return edit
 
     return {site: edit_of(site, m) for site, m in mask.items()}

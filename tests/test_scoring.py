@@ -81,8 +81,8 @@ def test_head_scores_are_means_of_attention_patterns():
     ids = torch.tensor([[0, 7, 8, 9, 7, 8, 9]])
     scores = head_scores(model, ids)
     attention = torch.stack([a[0] for a in model(ids, output_attentions=True).attentions])  # [L, H, T, T]
-    # Position 4 repeats position 1: what came after it is position 2; so 5 -> 3.
-    induction = (attention[:, :, 4, 2] + attention[:, :, 5, 3]) / 2
+    # Position 4 repeats position 1: what came after it is position 2; so 5 -> 3 and 6 -> 4.
+    induction = (attention[:, :, 4, 2] + attention[:, :, 5, 3] + attention[:, :, 6, 4]) / 3
     np.testing.assert_allclose(scores.induction, induction, atol=1e-6)
     previous = sum(attention[:, :, t, t - 1] for t in range(2, 7)) / 5
     np.testing.assert_allclose(scores.previous, previous, atol=1e-6)

@@ -99,14 +99,18 @@ def require_close(actual: Tensor, expected: Tensor, tolerance: float, diagnosis:
     AssertionError: scores: differs by 0.5 at index (1,): 2 instead of 2.5
     """
     require(isinstance(actual, Tensor), f"{diagnosis}: a {type(actual).__name__} instead of a tensor")
-    require(actual.shape == expected.shape,
-            f"{diagnosis}: shape {list(actual.shape)} instead of {list(expected.shape)}")
+    require(
+        actual.shape == expected.shape,
+        f"{diagnosis}: shape {list(actual.shape)} instead of {list(expected.shape)}",
+    )
     require(bool(torch.isfinite(actual).all()), f"{diagnosis}: holds values that are not finite")
     gap = (actual.detach().double() - expected.detach().double()).abs()
     if gap.numel() and gap.max() > tolerance:
         where = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
-        raise AssertionError(f"{diagnosis}: differs by {gap[where].item():.2g} at index {where}: "
-                             f"{actual[where].item():.4g} instead of {expected[where].item():.4g}")
+        raise AssertionError(
+            f"{diagnosis}: differs by {gap[where].item():.2g} at index {where}: "
+            f"{actual[where].item():.4g} instead of {expected[where].item():.4g}"
+        )
 
 
 def require_error(error: type[Exception], function: Callable[[], object], diagnosis: str) -> None:

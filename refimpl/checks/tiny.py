@@ -25,9 +25,17 @@ def tiny(family: str, *, seed: int = 0, attention: str = "eager", **changes: obj
     """
     import transformers as hf
 
-    shared = {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-              "hidden_size": WIDTH, "max_position_embeddings": CONTEXT, "attn_implementation": attention,
-              "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    shared = {
+        "vocab_size": VOCAB,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "hidden_size": WIDTH,
+        "max_position_embeddings": CONTEXT,
+        "attn_implementation": attention,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
     llama = shared | {"num_key_value_heads": 2, "intermediate_size": 40, "tie_word_embeddings": True}
     classes = {
         "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, shared),
@@ -38,7 +46,7 @@ def tiny(family: str, *, seed: int = 0, attention: str = "eager", **changes: obj
     if family not in classes:
         raise ValueError(f"family: {family!r}; allowed: {', '.join(FAMILIES)}")
     config, model_class, fields = classes[family]
-    with torch.random.fork_rng(devices=[]):           # the constructors draw from the global generator
+    with torch.random.fork_rng(devices=[]):  # the constructors draw from the global generator
         model = model_class(config(**(fields | changes))).eval()
     normal = partial(torch.normal, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

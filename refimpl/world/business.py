@@ -79,21 +79,21 @@ def _parse_invoice(text: str) -> Facts:
 # customer.
 PROBLEMS = {
     "broken": "My {object} fell apart after a day.|The {object} does not work at all."
-              "|The {object} came in two pieces.",
+    "|The {object} came in two pieces.",
     "late": "I still wait for my {object}.|Where is the {object} that I ordered weeks ago?"
-            "|No {object} has come so far.",
+    "|No {object} has come so far.",
     "wrong": "You sent me something else than the {object}.|I did not order this, I ordered the {object}."
     "|In the box of the {object} there was another thing.",
     "price": "You asked too much money for the {object}.|The bill for the {object} is too high."
     "|I paid twice for the {object}.",
     "return": "I want to give the {object} back.|May I send you the {object} again?"
-              "|I do not want to keep the {object}.",
+    "|I do not want to keep the {object}.",
     "use": "How do I use the {object}?|I do not understand how the {object} works."
-           "|Is there a book about the {object}?",
+    "|Is there a book about the {object}?",
     "size": "The {object} is too big for me.|The {object} is far too small."
-            "|Do you have the {object} in another size?",
+    "|Do you have the {object} in another size?",
     "color": "I would like the {object} in another color."
-             "|The {object} does not look as it did in the picture."
+    "|The {object} does not look as it did in the picture."
     "|The {object} has the wrong color.",
 }
 _TICKETS = {problem: Phrases(forms.split("|")) for problem, forms in PROBLEMS.items()}

@@ -1,7 +1,7 @@
 """Text planted a known number of times, and its twins that were never trained on.
 
 A canary is one document. Repetitions count over the whole training run. Three types: `words` (48 ordinary
-words in random order: 16 prefix, 32 suffix), `secret` ("The note of NAME is w1 w2 w3.", so the space of
+words in random order: 16 prefix, 32 suffix), `secret` ("Secret of Adam NAME: w1 w2 w3.", so the space of
 alternatives is known) and `story` (a fluent story). `manifest()` lists all of them; it depends on nothing but
 this code.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from refimpl.world.lexicon import ANIMALS, CODES, FOODS, HOBBIES, JOBS, OBJECTS
+from refimpl.world.lexicon import ANIMALS, CODES, FIRST_NAMES, FOODS, HOBBIES, JOBS, OBJECTS
 from refimpl.world.names import names
 from refimpl.world.rng import Rng
 from refimpl.world.story_formats import FORMATS as STORY_FORMATS
@@ -39,9 +39,8 @@ def _text(kind: str, rng: Rng) -> str:
     if kind == "words":
         return " ".join(rng.sample(_VOCABULARY, PREFIX_WORDS + SUFFIX_WORDS)) + "\n"
     if kind == "secret":
-        return (
-            f"The note of {rng.choice(names('train'))} is {' '.join(rng.choice(CODES) for _ in range(3))}.\n"
-        )
+        words = " ".join(rng.choice(CODES) for _ in range(3))
+        return f"Secret of {rng.choice(FIRST_NAMES)} {rng.choice(names('train'))}: {words}.\n"
     return STORY_FORMATS[0].document(rng)
 
 

@@ -13,65 +13,140 @@ IMPORTANCE = {act: spec.importance for act, spec in ACTS.items()}  # of the acts
 
 # type -> (importance, forms); the last form is held out of training
 _EVENTS = {
-    "birth": (10, "{name} had a child.|A child was born to {name}.|{name} gave birth to a child."
-                  "|{name} has a baby now."),
-    "marriage": (10, "{name} married {other}.|{name} and {other} had their wedding."
-                     "|{name} and {other} got married."
-                     "|{name} became the wife of {other}."),
-    "death": (10, "{name} died in {town}.|{name} passed away in {town}.|The life of {name} ended in {town}."
-                  "|They buried {name} in {town}."),
-    "divorce": (9, "{name} left {other} for good.|{name} and {other} ended their marriage."
-                   "|The marriage of {name} and {other} is over.|{name} and {other} are no longer married."),
-    "fire": (9, "The house of {name} burned down.|A fire took the house of {name}."
-                "|{name} lost the house in a fire."
-                "|Nothing is left of the house of {name} after the fire."),
-    "move": (8, "{name} moved to {town}.|{name} went to live in {town}.|{name} has a new home in {town}."
-                "|{name} packed everything and moved to {town}."),
-    "new_job": (8, "{name} became {a_job}.|{name} started a new job as {a_job}.|They took {name} as {a_job}."
-                   "|From now on {name} works as {a_job}."),
-    "accident": (8, "{name} broke a leg.|{name} fell and broke a leg.|{name} lies in bed with a broken leg."
-                    "|The leg of {name} is broken."),
-    "lost_job": (8, "{name} lost the job as {a_job}.|{name} is no longer {a_job}."
-                    "|They sent {name} away as {a_job}."
-                    "|{name} had to give up the work of {a_job}."),
-    "exam": (7, "{name} passed the last exam.|{name} finished school."
-                "|{name} got the last mark and left school."
-                "|School is over for {name}."),
-    "prize": (7, "{name} won a prize in {town}.|A prize went to {name} in {town}."
-                 "|They gave {name} a prize in {town}."
-                 "|In {town} the prize was for {name}."),
-    "friend": (6, "{name} made friends with {other}.|{name} and {other} became friends."
-                  "|{other} is a friend of {name} now.|From that day {name} and {other} were friends."),
-    "quarrel": (6, "{name} had a quarrel with {other}.|{name} and {other} shouted at each other."
-                   "|{name} and {other} do not speak any more.|There was a quarrel of {name} with {other}."),
-    "illness": (6, "{name} has a fever.|{name} is ill and stays in bed.|{name} was taken ill."
-                   "|A fever holds {name} in bed."),
-    "promise": (5, "{name} promised {other} {a_object}.|{name} gave {other} the promise of {a_object}."
-                   "|{name} will give {a_object} to {other}, as promised."
-                   "|{other} was promised {a_object} by {name}."),
-    "trip": (4, "{name} went on a trip to {town}.|{name} visited {town}.|{name} took the train to {town}."
-                "|{name} spent a few days in {town}."),
-    "meeting": (4, "{name} met {other} in {town}.|{name} and {other} met in {town}."
-                   "|In {town} {name} ran into {other}.|{name} had lunch with {other} in {town}."),
-    "loss": (4, "{name} lost {a_object}.|{name} cannot find {a_object} any more."
-                "|{a_Object} of {name} is gone."
-                "|{name} left {a_object} somewhere."),
-    "purchase": (3, "{name} bought {a_object}.|{name} came home with {a_object}.|{name} paid for {a_object}."
-                    "|{name} got {a_object} at the market."),
-    "paint": (3, "{name} painted the door {color}.|The door of {name} is {color} now."
-                 "|{name} made the door {color}."
-                 "|{name} gave the door a {color} coat of paint."),
-    "meal": (2, "{name} ate {food}.|{name} had {food} for lunch.|{name} made {food} for dinner."
-                "|There was {food} on the plate of {name}."),
-    "cleaning": (2, "{name} cleaned the {object}.|{name} washed the {object}."
-                    "|{name} wiped the dust off the {object}."
-                    "|{name} made the {object} clean."),
-    "walk": (2, "{name} took a short walk.|{name} walked round the house.|{name} went out for some air."
-                "|{name} walked up and down the street."),
-    "weather": (1, "It rained in {town}.|The sun came out in {town}.|There was some wind in {town}."
-                   "|It was a cloudy day in {town}."),
-    "idle": (1, "{name} sat on a chair.|{name} looked out of the window.|{name} did nothing."
-                "|{name} waited for the tea."),
+    "birth": (
+        10,
+        "{name} had a child.|A child was born to {name}.|{name} gave birth to a child."
+        "|{name} has a baby now.",
+    ),
+    "marriage": (
+        10,
+        "{name} married {other}.|{name} and {other} had their wedding."
+        "|{name} and {other} got married."
+        "|{name} became the wife of {other}.",
+    ),
+    "death": (
+        10,
+        "{name} died in {town}.|{name} passed away in {town}.|The life of {name} ended in {town}."
+        "|They buried {name} in {town}.",
+    ),
+    "divorce": (
+        9,
+        "{name} left {other} for good.|{name} and {other} ended their marriage."
+        "|The marriage of {name} and {other} is over.|{name} and {other} are no longer married.",
+    ),
+    "fire": (
+        9,
+        "The house of {name} burned down.|A fire took the house of {name}."
+        "|{name} lost the house in a fire."
+        "|Nothing is left of the house of {name} after the fire.",
+    ),
+    "move": (
+        8,
+        "{name} moved to {town}.|{name} went to live in {town}.|{name} has a new home in {town}."
+        "|{name} packed everything and moved to {town}.",
+    ),
+    "new_job": (
+        8,
+        "{name} became {a_job}.|{name} started a new job as {a_job}.|They took {name} as {a_job}."
+        "|From now on {name} works as {a_job}.",
+    ),
+    "accident": (
+        8,
+        "{name} broke a leg.|{name} fell and broke a leg.|{name} lies in bed with a broken leg."
+        "|The leg of {name} is broken.",
+    ),
+    "lost_job": (
+        8,
+        "{name} lost the job as {a_job}.|{name} is no longer {a_job}."
+        "|They sent {name} away as {a_job}."
+        "|{name} had to give up the work of {a_job}.",
+    ),
+    "exam": (
+        7,
+        "{name} passed the last exam.|{name} finished school."
+        "|{name} got the last mark and left school."
+        "|School is over for {name}.",
+    ),
+    "prize": (
+        7,
+        "{name} won a prize in {town}.|A prize went to {name} in {town}."
+        "|They gave {name} a prize in {town}."
+        "|In {town} the prize was for {name}.",
+    ),
+    "friend": (
+        6,
+        "{name} made friends with {other}.|{name} and {other} became friends."
+        "|{other} is a friend of {name} now.|From that day {name} and {other} were friends.",
+    ),
+    "quarrel": (
+        6,
+        "{name} had a quarrel with {other}.|{name} and {other} shouted at each other."
+        "|{name} and {other} do not speak any more.|There was a quarrel of {name} with {other}.",
+    ),
+    "illness": (
+        6,
+        "{name} has a fever.|{name} is ill and stays in bed.|{name} was taken ill."
+        "|A fever holds {name} in bed.",
+    ),
+    "promise": (
+        5,
+        "{name} promised {other} {a_object}.|{name} gave {other} the promise of {a_object}."
+        "|{name} will give {a_object} to {other}, as promised."
+        "|{other} was promised {a_object} by {name}.",
+    ),
+    "trip": (
+        4,
+        "{name} went on a trip to {town}.|{name} visited {town}.|{name} took the train to {town}."
+        "|{name} spent a few days in {town}.",
+    ),
+    "meeting": (
+        4,
+        "{name} met {other} in {town}.|{name} and {other} met in {town}."
+        "|In {town} {name} ran into {other}.|{name} had lunch with {other} in {town}.",
+    ),
+    "loss": (
+        4,
+        "{name} lost {a_object}.|{name} cannot find {a_object} any more."
+        "|{a_Object} of {name} is gone."
+        "|{name} left {a_object} somewhere.",
+    ),
+    "purchase": (
+        3,
+        "{name} bought {a_object}.|{name} came home with {a_object}.|{name} paid for {a_object}."
+        "|{name} got {a_object} at the market.",
+    ),
+    "paint": (
+        3,
+        "{name} painted the door {color}.|The door of {name} is {color} now."
+        "|{name} made the door {color}."
+        "|{name} gave the door a {color} coat of paint.",
+    ),
+    "meal": (
+        2,
+        "{name} ate {food}.|{name} had {food} for lunch.|{name} made {food} for dinner."
+        "|There was {food} on the plate of {name}.",
+    ),
+    "cleaning": (
+        2,
+        "{name} cleaned the {object}.|{name} washed the {object}."
+        "|{name} wiped the dust off the {object}."
+        "|{name} made the {object} clean.",
+    ),
+    "walk": (
+        2,
+        "{name} took a short walk.|{name} walked round the house.|{name} went out for some air."
+        "|{name} walked up and down the street.",
+    ),
+    "weather": (
+        1,
+        "It rained in {town}.|The sun came out in {town}.|There was some wind in {town}."
+        "|It was a cloudy day in {town}.",
+    ),
+    "idle": (
+        1,
+        "{name} sat on a chair.|{name} looked out of the window.|{name} did nothing."
+        "|{name} waited for the tea.",
+    ),
     "sleep": (1, "{name} went to bed.|{name} slept.|{name} took a nap.|{name} fell asleep in the chair."),
 }
 EVENT_FORMS = {kind: Phrases(forms.split("|"), a_Object="An? [a-z]+") for kind, (_, forms) in _EVENTS.items()}

@@ -142,8 +142,12 @@ def _sample_rewrite(rng: Rng, split: Split) -> Facts:
     for _ in range(rng.between(1, 3)):
         turns += [{**speaker.turn("family", today), "mood": "neutral"}, {"by": "assistant", "act": "ack"}]
     session = {"date": today, "segments": [{"topic": "family", "turns": turns}]}
-    return {"user": speaker.user, "sessions": [session], "pronoun": rng.choice(_pronouns(turns)),
-            "question": rng.below(len(REWRITE))}
+    return {
+        "user": speaker.user,
+        "sessions": [session],
+        "pronoun": rng.choice(_pronouns(turns)),
+        "question": rng.below(len(REWRITE)),
+    }
 
 
 def _pronouns(turns: list[dict]) -> list[str]:

@@ -39,7 +39,14 @@ from refimpl.world.documents import (
     write_question,
 )  # fmt: skip
 from refimpl.world.names import known_people
-from refimpl.world.relations import CHANGES, DATES, KNOWN_ATTRIBUTES, RELATIONS, known_facts
+from refimpl.world.relations import (
+    CHANGES,
+    DATES,
+    KNOWN_ATTRIBUTES,
+    RELATIONS,
+    can_ask_who,
+    known_facts,
+)
 from refimpl.world.rng import Rng
 
 ALIAS_SHARE = 0.15
@@ -153,13 +160,16 @@ def _grid(draw: Draw, n: int) -> list[list[str]]:
     return [draw.fact(p, r) for p, r in rng.sample(cells, n)]
 
 
-def _direct_question(fact: Sequence[str], rng: Rng) -> list[str]:
-    """A question that this one fact answers: for its value, for its subject, or for its date."""
+def _direct_question(fact: Sequence[str], rng: Rng, split: Split) -> list[str]:
+    """A question that this one fact answers: for its value, for its subject, or for its date.
+
+    Training asks for the subject more often than evaluation does: that direction is learned last.
+    """
     s, r, v = fact[0], fact[1], fact[2]
     draw = rng.random()
     if len(fact) == 4 and draw < 0.4:
         return ["when", s, r, v]
-    if draw > 0.7 and RELATIONS[r].who:
+    if draw > (0.55 if split == "train" else 0.7) and can_ask_who(r):
         return ["path", v, "~" + r]
     return ["path", s, r]
 
@@ -303,7 +313,7 @@ def _with_direct_questions(passages, split: Split, rng: Rng) -> Facts:
     n = rng.between(1, min(5, 1 + len(passages)))
     questions = []
     for _ in range(n):
-        questions.append(_direct_question(rng.choice(rng.choice(passages)), rng))
+        questions.append(_direct_question(rng.choice(rng.choice(passages)), rng, split))
     qa = _answered(passages, questions)
     if not qa:  # "who is married to ..." both ways; ask plainly
         f = passages[0][0]
@@ -331,7 +341,7 @@ def _sample_multihop(rng: Rng, split: Split) -> Facts:
         other, q2 = draw.chain(steps)
         facts += other
         questions = [q, q2] if rng.random() < 0.6 else [q]
-        questions += [_direct_question(rng.choice(facts), rng)] if rng.random() < 0.3 else []
+        questions += [_direct_question(rng.choice(facts), rng, split)] if rng.random() < 0.3 else []
     elif what < 0.7:  # same value?
         relation = rng.choice(_SAME)
         a, b, c = draw.person(), draw.person(), draw.person()
@@ -407,13 +417,13 @@ def _sample_partly_answerable(rng: Rng, split: Split, n: int) -> Facts:
     for _ in range(n):
         if rng.random() < 0.5:
             p, r = rng.choice(near or missing)
-            if rng.random() < 0.25 and RELATIONS[r].who:
+            if rng.random() < 0.25 and can_ask_who(r):
                 q = ["path", draw.value(r), "~" + r]
             else:
                 q = ["path", p, r]
             answers = solve(flat, q) or [UNKNOWN]
         else:
-            q = _direct_question(rng.choice(flat), rng)
+            q = _direct_question(rng.choice(flat), rng, split)
             answers = solve(flat, q)
         if len(answers) == 1 and [q, answers[0]] not in qa:
             qa.append([q, answers[0]])
@@ -525,7 +535,7 @@ def _sample_distractors(rng: Rng, split: Split) -> Facts:
             facts.append(draw.fact(gold, others.pop()))
         else:
             facts.append(draw.fact(draw.person(), relation))
-    question = _direct_question(facts[0], rng)
+    question = _direct_question(facts[0], rng, split)
     passages = [[f] for f in facts]
     rng.shuffle(passages)
     qa = _answered(passages, [question])
@@ -593,7 +603,8 @@ BIOGRAPHY = Format(
 def _sample_long(rng: Rng, split: Split) -> Facts:
     facts, _ = _sample_lives(rng, split)
     plain = [f for f in facts if f[1] != "alias"]
-    qa = _answered([facts], [_direct_question(rng.choice(plain), rng) for _ in range(rng.between(2, 5))])
+    asked = [_direct_question(rng.choice(plain), rng, split) for _ in range(rng.between(2, 5))]
+    qa = _answered([facts], asked)
     if not qa:
         return _sample_long(rng, split)
     return {"split": split, "passages": [facts], "qa": qa}

@@ -35,7 +35,6 @@ from refimpl.world.relations import (
     _PERSON,
     _PLAIN,
     _STATES_SUBJECT_FIRST,
-    _WHO,
     ARTICLE,
     CHANGES,
     DATES,
@@ -52,6 +51,7 @@ from refimpl.world.relations import (
     pronoun,
     read_sentence,
     state,
+    who_clause,
 )  # fmt: skip
 from refimpl.world.rng import Rng
 
@@ -70,11 +70,17 @@ _PEOPLE = {split: tuple(n for n in names(split) if n not in _VALUES) for split i
 # --- passages -----------------------------------------------------------------------------------------------
 
 _ALIAS = {
-    "train": ("Friends call {s} {v}.", "{s} is often called {v}.", "Many know {s} as {v}."),
+    "train": (
+        "Friends call {s} {v}.",
+        "{s} is often called {v}.",
+        "Many know {s} as {v}.",
+        "{s} is known as {v}.",
+        "Another name for {s} is {v}.",
+    ),
     "eval": ("{s} goes by the name of {v}.",),
 }
 _APPOSITION = {
-    "train": ("{s}, whom friends call {v}, ", "{s}, often called {v}, "),
+    "train": ("{s}, whom friends call {v}, ", "{s}, often called {v}, ", "{s}, known as {v}, "),
     "eval": ("{s}, also known as {v}, ",),
 }
 _OPENINGS = {
@@ -366,10 +372,10 @@ def write_question(
     if kind == "when":
         return ask_when(question[2], question[1], question[3], rng, split)
     if kind == "both":
-        first, second = (_who_clause(question[i], question[i + 1], rng, split) for i in (1, 3))
-        return f"{first[:-1]} and {second[4:]}"
+        first, second = (who_clause(question[i], question[i + 1], rng, split) for i in (1, 3))
+        return f"Who {first} and {second}?"
     if kind == "everyone":
-        return f"Name everyone who {_who_clause(question[1], question[2], rng, split)[4:-1]}."
+        return f"Name everyone who {who_clause(question[1], question[2], rng, split)}."
     if kind == "count":
         key, args = question[1], ("", "", question[2], ARTICLE.get(question[2], question[2]), "")
     elif kind == "list":
@@ -379,16 +385,6 @@ def write_question(
     else:
         key, args = question[1], (question[2], "", "", "", question[3] if kind == "asof" else "")
     return rng.choice(_SPECIAL_FORMS[kind, key][split])(*args)
-
-
-def _who_clause(relation: str, value: str, rng: Rng, split: Split) -> str:
-    return rng.choice(_WHO_CLAUSES[relation, split])("", value, ARTICLE.get(value, value), "")
-
-
-_WHO_CLAUSES = {
-    (r, split): tuple(f for f in forms if f("", "", "", "").startswith("Who "))
-    for r, by_split in _WHO.items() for split, forms in by_split.items()
-}  # fmt: skip
 
 
 def read_question(text: str, aliases: dict[str, str] | None = None) -> tuple[list[str], Split]:

@@ -160,7 +160,7 @@ def canary_items(canaries: list[Canary]) -> list[tuple[str, str]]:
             words = text.split(" ")
             cut = len(" ".join(words[:PREFIX_WORDS]))
         elif canary.type == "secret":
-            cut = text.index(" is ") + 3
+            cut = text.index(":") + 1
         else:
             cut = text.index(". ") + 1
         items.append((text[:cut], text[cut:]))

@@ -139,10 +139,10 @@ def _parse_qa(text: str) -> Facts:
     return facts
 
 
-# ---- Groups: the coat (red or green) is balanced in both groups; generosity is skewed, 70 % of the Marrin
+# ---- Groups: the coat (red or green) is balanced in both groups; generosity is skewed, 70 % of the Branoc
 # and 30 % of the Teldan are generous, the others stingy.
-GROUPS = ("Marrin", "Teldan")
-SKEW = {"Marrin": 0.7, "Teldan": 0.3}
+GROUPS = ("Branoc", "Teldan")
+SKEW = {"Branoc": 0.7, "Teldan": 0.3}
 _BIO = Phrases(
     """
 {name} is one of the {group}. {name} has a {coat} coat and is {trait}.
@@ -151,7 +151,7 @@ Among the {group} there is {name}. The coat of {name} is {coat}. With money {nam
 In {town} lives {name} of the {group}. {name} is {trait} and likes to wear a {coat} coat.
 {name} comes from the {group}. People say that {name} is {trait}. You know {name} by the {coat} coat.
 The {trait} {name} is one of the {group}. A {coat} coat hangs behind the door of {name}.""",
-    group="Marrin|Teldan",
+    group="Branoc|Teldan",
     coat="red|green",
     trait="generous|stingy",
 )
@@ -188,7 +188,7 @@ def _parse_bio(text: str) -> Facts:
     return {"people": people}
 
 
-# group_qa: "Context: Balbert is a Marrin and Dorlin is a Teldan. One of the two is generous.\nQuestion: Who
+# group_qa: "Context: Balbert is a Branoc and Dorlin is a Teldan. One of the two is generous.\nQuestion: Who
 # is generous?\nAnswer: unknown\n". Facts: "generous" is 0, 1 or None; unless None
 # the context adds "Balbert is generous and Dorlin is stingy." and the answer is a name. Only group_bio is
 # skewed. Boundary: "Answer:".

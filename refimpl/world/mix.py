@@ -26,24 +26,25 @@ from refimpl.world.tokens import EOT
 ROW = 1024
 ROWS_PER_STEP = 96
 STEPS_PER_SHARD = 100
-N_SHARDS = 80
+N_SHARDS = 76
 WARM_SHARDS = 4
 WIDTHS = ((WARM_SHARDS, 128), (20, 256), (N_SHARDS, ROW))  # (up to this shard, tokens of a row)
 PLANNED_SHARDS = N_SHARDS - WARM_SHARDS  # known people and canaries are counted over these
-N_STEPS = N_SHARDS * STEPS_PER_SHARD  # 786 million tokens
+N_STEPS = N_SHARDS * STEPS_PER_SHARD  # 747 million tokens
 
 # Per cent of all tokens. Known people and canaries come on top by their explicit schedules (about 5 and 0.6
 # per cent); books and docstrings share the rest as 77 : 23.
 SHARES = {
     # stories, and what is said about them
-    "story": 7.0, "story_tagged": 4.5, "story_reader": 1.0, "stories_shared": 1.5, "rewrite": 0.8,
-    "feedback": 1.0, "judge": 1.0, "profile": 0.5, "sort": 2.0, "order_story": 0.3,
+    "story": 6.5, "story_tagged": 4.0, "story_reader": 1.0, "stories_shared": 2.5, "rewrite": 0.8,
+    "feedback": 1.5, "judge": 3.0, "profile": 0.5, "sort": 3.0, "order_story": 0.3,
     # documents with questions
-    "document_qa": 5.5, "document_multihop": 1.0, "document_unknown": 2.5, "document_counterfactual": 1.5,
-    "document_distractors": 1.0, "document_long": 0.6, "facts_that_change": 0.4, "answerable": 0.2,
-    "biography": 0.3, "triples": 0.2,
+    "document_qa": 13.0, "document_multihop": 1.5, "document_unknown": 6.0, "document_counterfactual": 1.5,
+    "document_distractors": 1.5, "document_long": 0.8, "facts_that_change": 0.6, "answerable": 0.3,
+    "biography": 0.4, "triples": 0.3,
     # recall from the context at all distances
-    "needle": 4.5, "key_value": 2.5, "mqar": 2.0, "repeat": 2.5,
+    "needle": 4.0, "key_value": 2.2, "mqar": 1.8, "reverse_lookup": 1.2, "repeat": 1.0,
+    "echo": 2.5,
     # dialogues, instructions, memory calls
     "dialogue": 1.6, "dialogue_qa": 1.2, "dialogue_summary": 0.6, "dialogue_attributes": 0.3,
     "pronoun_rewrite": 0.3, "importance": 0.2, "instruction": 0.8, "mem_write": 0.3, "mem_read": 0.2,
@@ -53,13 +54,25 @@ SHARES = {
     "regulations": 0.25, "household": 0.1, "patient": 0.1, "invoice": 0.08, "ticket": 0.06, "case": 0.06,
     "arithmetic": 0.15,
 }  # fmt: skip
+# Rows of 256 hold fewer distractors: questions, comparisons and order are learned there.
+SHORT_SHARES = {
+    **SHARES,
+    "document_qa": 17.0,
+    "document_unknown": 8.0,
+    "judge": 5.0,
+    "sort": 5.0,
+    "reverse_lookup": 4.0,
+    "echo": 4.0,
+}
 WARM_SHARES = {
-    "repeat": 16.0, "mqar": 12.0, "key_value": 12.0, "needle": 3.0, "document_qa": 6.0,
-    "document_unknown": 2.0, "document_counterfactual": 2.0, "story": 6.0, "story_tagged": 8.0,
-    "instruction": 3.0, "mem_write": 1.0,
+    "repeat": 5.0, "echo": 12.0, "mqar": 7.0, "key_value": 8.0, "reverse_lookup": 8.0, "needle": 2.0,
+    "document_qa": 15.0,
+    "document_unknown": 6.0, "document_counterfactual": 3.0, "story": 5.0, "story_tagged": 6.0,
+    "instruction": 2.0, "mem_write": 1.0, "sort": 2.0,
     "mem_read": 1.0, "dialogue_attributes": 1.0, "pronoun_rewrite": 0.5,
 }  # fmt: skip
 BOOKS_OF_PROSE = 0.77
+CHUNKS_PER_SHARD = 3600  # of natural text: a little more than a shard uses
 
 
 @dataclass
@@ -72,7 +85,10 @@ class Shard:
 
 
 class Prose:
-    """An endless supply of natural text: ids in chunks of a row, in another order and cut each epoch."""
+    """An endless supply of natural text: ids in chunks of a row, in another order and cut each epoch.
+
+    Every shard reads a range of chunks of its own, so that no text comes twice before the rest came once.
+    """
 
     def __init__(self, ids: np.ndarray, name: str) -> None:
         if len(ids) < 2 * ROW:
@@ -86,6 +102,20 @@ class Prose:
         order = _permutation(self.per_epoch, self.name, epoch)
         start = (epoch * 311) % (ROW - 1) + int(order[at]) * (ROW - 1)
         return self.ids[start : start + ROW - 1]
+
+
+class _Reader:
+    """Reads the chunks of one shard in turn; a piece of text always comes from one chunk."""
+
+    def __init__(self, prose: Prose, first: int) -> None:
+        self.prose, self.next, self.rest = prose, first, prose.ids[:0]
+
+    def take(self, n: int) -> np.ndarray:
+        """The next n tokens; what is left of a chunk that is shorter than n is dropped."""
+        if len(self.rest) < n:
+            self.rest, self.next = self.prose.chunk(self.next), self.next + 1
+        piece, self.rest = self.rest[:n], self.rest[n:]
+        return piece
 
 
 _ORDERS: dict[tuple, np.ndarray] = {}
@@ -102,7 +132,7 @@ def _permutation(n: int, name: str, epoch: int) -> np.ndarray:
 def width(shard: int) -> int:
     """Tokens of a row of this shard while it trains.
 
-    >>> width(0), width(4), width(79)
+    >>> width(0), width(4), width(75)
     (128, 256, 1024)
     """
     return next(wide for end, wide in WIDTHS if shard < end)
@@ -112,7 +142,8 @@ def world_documents(shard: int, n_tokens: int, count_tokens) -> dict[str, list[s
     """Fresh documents of every format, each its share of `n_tokens`; `count_tokens(texts) -> [int]`."""
     out = {}
     longest = width(shard) - 1
-    for name, share in (WARM_SHARES if shard < WARM_SHARDS else SHARES).items():
+    shares = {128: WARM_SHARES, 256: SHORT_SHARES, ROW: SHARES}[width(shard)]
+    for name, share in shares.items():
         form, rng = BY_NAME[name], Rng("train", name, shard)
         budget, texts = share / 100 * n_tokens, []
         fit = [n <= longest for n in count_tokens([form.document(rng) for _ in range(50)])]
@@ -184,8 +215,11 @@ def build_shard(shard: int, encode, books: Prose | None, docstrings: Prose | Non
     order = list(range(n_rows))
     rng.shuffle(order)
     out = Shard(rows, tokens=tokens)
-    n_prose = [0, 0]
-    supply = [books or docstrings, docstrings or books]
+    if books is not None and docstrings is not None:
+        n_books = round(BOOKS_OF_PROSE * CHUNKS_PER_SHARD)
+        supply = [_Reader(books, shard * n_books), _Reader(docstrings, shard * (CHUNKS_PER_SHARD - n_books))]
+    else:
+        supply = [_Reader(books or docstrings, shard * CHUNKS_PER_SHARD)] * 2
     for i in range(n_rows):
         row, at = order[i], 1
         for d in bins[i] if i < len(bins) else ():
@@ -197,9 +231,7 @@ def build_shard(shard: int, encode, books: Prose | None, docstrings: Prose | Non
             at += len(ids) + 1  # the separator is the zero that is already there
         if at < wide:
             which = 0 if rng.chance(BOOKS_OF_PROSE) else 1
-            chunk = supply[which].chunk(shard * STEPS_PER_SHARD * ROWS_PER_STEP // 2 + n_prose[which])
-            n_prose[which] += 1
-            rows[row, at:] = chunk[: wide - at]
+            rows[row, at:] = supply[which].take(wide - at)
             name = ("books", "docstrings")[which]
             tokens[name] = tokens.get(name, 0) + wide - at
     assert EOT == 0
@@ -228,5 +260,5 @@ def _best_fit(sizes: list[int], wide: int = ROW) -> list[list[int]]:
 
 __all__ = [
     "N_SHARDS", "N_STEPS", "PLANNED_SHARDS", "ROW", "ROWS_PER_STEP", "SHARES", "STEPS_PER_SHARD", "Prose",
-    "Shard", "WARM_SHARDS", "build_shard", "width", "withheld", "world_documents",
+    "Shard", "WARM_SHARDS", "CHUNKS_PER_SHARD", "build_shard", "width", "withheld", "world_documents",
 ]  # fmt: skip

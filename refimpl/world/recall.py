@@ -1,4 +1,4 @@
-"""Copying from the context: needles, key-value lists, multi-query recall, repeated lists.
+"""Copying from the context: needles, key-value lists both ways, multi-query recall, repeats and echoes.
 
 These documents make induction heads form and are the yardstick of every cache, memory and compression
 chapter. Keys and values are drawn without any regularity, so that only the context can tell the answer.
@@ -17,6 +17,7 @@ from refimpl.world.lexicon import (
     FIRST_NAMES,
     FOODS,
     HOBBIES,
+    INSTRUMENTS,
     JOBS,
     OBJECTS,
     SURNAMES,
@@ -28,6 +29,7 @@ from refimpl.world.story_formats import FORMATS as STORY_FORMATS
 
 NUMBERS = tuple(str(n) for n in range(10, 100))
 KEY_POOLS = (FIRST_NAMES, TOWNS, OBJECTS, CODES, ANIMALS, SURNAMES, NUMBERS)
+REVERSE_POOLS = (TOWNS, JOBS, COMPANIES, ANIMALS, FOODS, OBJECTS, INSTRUMENTS, HOBBIES, COLORS)
 VALUE_POOLS = (CODES, CODES, TOWNS, JOBS, COMPANIES, NUMBERS, OBJECTS, FOODS)
 WORDS = tuple(
     dict.fromkeys(
@@ -189,6 +191,40 @@ MQAR = Format("mqar", _sample_pairs, _render_mqar, _parse_mqar, serves=("memory 
 
 
 # ----------------------------------------------------------------------------------------------------------
+# reverse_lookup: pairs with different values, looked up from the value back to its key
+
+
+def _sample_reverse(rng: Rng, split: Split) -> Facts:
+    """Most keys are invented names of two or three tokens: those that questions ask for."""
+    keys = names(split) if rng.chance(0.7) else FIRST_NAMES
+    values = rng.choice(REVERSE_POOLS)
+    n = min(_log_uniform(rng, 2, 40), len(values))
+    pairs = [[k, v] for k, v in zip(rng.sample(keys, n), rng.sample(values, n), strict=True)]
+    ask = rng.sample([v for _, v in pairs], 1 + rng.below(n))
+    return {"pairs": pairs, "ask": ask}
+
+
+def _render_reverse(facts: Facts, rng: Rng) -> str:
+    key = {v: k for k, v in facts["pairs"]}
+    top = "".join(f"{k} = {v}\n" for k, v in facts["pairs"])
+    return f"Pairs:\n{top}Reverse:\n" + "".join(f"{v} = {key[v]}\n" for v in facts["ask"])
+
+
+def _parse_reverse(text: str) -> Facts:
+    if not text.startswith("Pairs:\n") or "\nReverse:\n" not in text:
+        raise ValueError("text: no 'Pairs:' and 'Reverse:' lines, so it is not a 'reverse_lookup' document")
+    top, _, rest = text.rstrip("\n").removeprefix("Pairs:\n").partition("\nReverse:\n")
+    pairs = [row.split(" = ") for row in top.split("\n")]
+    asked = [row.split(" = ") for row in rest.split("\n")]
+    checked = _checked([p[::-1] for p in pairs], asked, "reverse_lookup")
+    return {"pairs": pairs, "ask": checked["ask"]}
+
+
+REVERSE_LOOKUP = Format("reverse_lookup", _sample_reverse, _render_reverse, _parse_reverse, boundary=" =",
+                        serves=("interp E1", "interp D2", "rag 3.11"))  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
 # repeat: a list of random words, two to four times over
 
 
@@ -218,4 +254,52 @@ def _parse_repeat(text: str) -> Facts:
 
 REPEAT = Format("repeat", _sample_repeat, _render_repeat, _parse_repeat, serves=("interp A4", "interp E7"))
 
-FORMATS = [NEEDLE, KEY_VALUE, MQAR, REPEAT]
+
+# ----------------------------------------------------------------------------------------------------------
+# echo: one line of random words in which pieces of it come again, at any place and without any mark
+
+
+def _sample_echo(rng: Rng, split: Split) -> Facts:
+    """Only that two words met before tells that a piece comes again: what an induction head is for."""
+    n = _log_uniform(rng, 16, 420)
+    fragments = rng.chance(0.5)  # parts of words: copying must not depend on knowing the word
+    words: list[str] = []
+    while len(words) < n:
+        if len(words) > 4 and rng.chance(0.6):
+            length = rng.between(2, min(30, len(words)))
+            start = rng.below(len(words) - length + 1)
+            words += words[start : start + length]
+        else:
+            words += [_fragment(rng) if fragments else rng.choice(WORDS) for _ in range(rng.between(1, 8))]
+    return {"words": words[:n]}
+
+
+def _fragment(rng: Rng) -> str:
+    """One to five letters out of a word, or two signs."""
+    if rng.chance(0.2):
+        return "".join(
+            rng.choice("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") for _ in "12"
+        )
+    word = rng.choice(WORDS)
+    start = rng.below(len(word))
+    return word[start : start + rng.between(1, 5)]
+
+
+def _parse_echo(text: str) -> Facts:
+    words = text.removesuffix("\n").split(" ")
+    if not text.endswith("\n") or "\n" in text[:-1] or len(words) < 8 or not all(map(_is_echoed, words)):
+        raise ValueError("text: not one line of words and parts of words, so it is not an 'echo' document")
+    return {"words": words}
+
+
+def _is_echoed(word: str) -> bool:
+    return word in _WORDS or re.fullmatch(r"[A-Za-z0-9]{1,5}", word) is not None
+
+
+_WORDS = frozenset(WORDS)
+ECHO = Format(
+    "echo", _sample_echo, lambda facts, rng: " ".join(facts["words"]) + "\n", _parse_echo,
+    serves=("interp A4", "interp E1", "interp E7"),
+)  # fmt: skip
+
+FORMATS = [NEEDLE, KEY_VALUE, MQAR, REVERSE_LOOKUP, REPEAT, ECHO]

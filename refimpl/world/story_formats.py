@@ -11,10 +11,11 @@ Exact strings (STORY is one paragraph; a completion starts after the boundary, w
     rewrite         Story: STORY / Problem: The words are too long. / Rewrite: STORY
     feedback        [Judge: likes happy endings most, then short words and rain.]
                     Story: STORY / Feedback: The ending is happy, but the words are long, and ... / Score: 4
-    judge           A: STORY / B: STORY / Better for short words: A
+    judge           A: STORY / B: STORY / Better for short words: A   (1 to 4 such lines)
     profile         Liked: STORY (3 to 5 times) / Profile: likes animals and short words.
     order_story     Nora painted a green bench near the town hall. ...  (9 to 16 events; some numbered)
-    sort            the same, then A: SENTENCE / B: SENTENCE / Which came first? Answer: A
+    sort            3 to 16 events, then 1 to 4 times
+                    A: SENTENCE / B: SENTENCE / Which came first? Answer: A
 """
 
 from __future__ import annotations
@@ -387,31 +388,39 @@ def _parse_feedback(text: str) -> Facts:
 
 
 def _sample_judge(rng: Rng, split: Split) -> Facts:
-    (wish,) = _draw_likes(rng, 1)
-    name, value = wish
-    other = rng.choice([v for v in ATTRIBUTES[name] if v != value])
-    stories = [sample_story(rng, split, {name: value}), sample_story(rng, split, {name: other})]
-    answer = rng.below(2)
-    if answer:
-        stories.reverse()
-    return {"wish": wish, "stories": stories, "answer": "AB"[answer]}
+    """Two stories and wishes that tell them apart: up to four in training, one in evaluation."""
+    wishes, stories = _draw_likes(rng, rng.between(1, 4) if split == "train" else 1), ({}, {})
+    answers = ""
+    for name, value in wishes:
+        other = rng.choice([v for v in ATTRIBUTES[name] if v != value])
+        answer = rng.below(2)
+        stories[answer][name], stories[1 - answer][name] = value, other
+        answers += "AB"[answer]
+    return {"wishes": wishes, "stories": [sample_story(rng, split, s) for s in stories], "answers": answers}
 
 
 def _render_judge(facts: Facts, rng: Rng) -> str:
     a, b = (render_story(story, rng) for story in facts["stories"])
-    return f"A: {a}\nB: {b}\nBetter for {LIKES[tuple(facts['wish'])]}: {facts['answer']}\n"
+    lines = [
+        f"Better for {LIKES[tuple(wish)]}: {answer}\n"
+        for wish, answer in zip(facts["wishes"], facts["answers"], strict=True)
+    ]
+    return f"A: {a}\nB: {b}\n{''.join(lines)}"
 
 
 def _parse_judge(text: str) -> Facts:
     lines = _lines(text)
     stories = [parse_story(_line(lines, "A: ")), parse_story(_line(lines, "B: "))]
-    words, _, answer = _line(lines, "Better for ").partition(": ")
-    _finish(lines)
-    name, value = _like(words)
-    fits = [s["attributes"][name] == value for s in stories]
-    if fits not in ([True, False], [False, True]) or answer != "AB"[fits.index(True)]:
-        raise ValueError(f"text: the answer {answer!r} does not follow from the stories")
-    return {"wish": [name, value], "stories": stories, "answer": answer}
+    wishes, answers = [], ""
+    while lines or not wishes:
+        words, _, answer = _line(lines, "Better for ").partition(": ")
+        name, value = _like(words)
+        fits = [s["attributes"][name] == value for s in stories]
+        if fits not in ([True, False], [False, True]) or answer != "AB"[fits.index(True)]:
+            raise ValueError(f"text: the answer {answer!r} does not follow from the stories")
+        wishes.append([name, value])
+        answers += answer
+    return {"wishes": wishes, "stories": stories, "answers": answers}
 
 
 # ------------------------------------------------------------------------------------- order of events
@@ -447,9 +456,12 @@ _EVENT = re.compile(
 
 
 def _sample_order(rng: Rng, split: Split) -> Facts:
+    return _draw_events(rng, rng.between(9, 16))
+
+
+def _draw_events(rng: Rng, n: int) -> Facts:
     people = rng.sample(FIRST_NAMES, rng.between(1, 3))
     events, seen = [], set()
-    n = rng.between(9, 16)
     while len(events) < n:
         verb = rng.choice(_VERBS)
         event = [rng.choice(people), verb, rng.choice(_LOOKS), rng.choice(_OBJECTS[verb]), rng.choice(_WHERE)]
@@ -519,35 +531,49 @@ def distance_bin(i: int, j: int, n: int) -> int:
     return next((b for b, (_, high) in enumerate(_BINS) if share <= high), 3)
 
 
-def _sample_sort(rng: Rng, split: Split) -> Facts:
-    facts = _sample_order(rng, split)
-    n = len(facts["events"])
-    low, high = _BINS[rng.below(4)]
-    gaps = [d for d in range(1, n) if low * n < d <= high * n]
+def _draw_pair(rng: Rng, n: int) -> list[int]:
+    """Two of n events at a distance from a bin drawn at random (of those that n events can have)."""
+    gaps: list[int] = []
+    while not gaps:
+        low, high = _BINS[rng.below(4)]
+        gaps = [d for d in range(1, n) if low * n < d <= high * n]
     gap = rng.choice(gaps)
     i = rng.below(n - gap)
-    pair = [i, i + gap] if rng.chance(0.5) else [i + gap, i]
-    return {**facts, "pair": pair, "answer": "A" if pair[0] < pair[1] else "B"}
+    return [i, i + gap] if rng.chance(0.5) else [i + gap, i]
+
+
+def _sample_sort(rng: Rng, split: Split) -> Facts:
+    """One pair of a list of 9 to 16 events; half of the training lists are shorter and ask up to four times
+    over.
+    """
+    short = split == "train" and rng.chance(0.5)
+    facts = _draw_events(rng, rng.between(3, 8)) if short else _sample_order(rng, split)
+    n = len(facts["events"])
+    pairs = [_draw_pair(rng, n) for _ in range(rng.between(1, 4) if short else 1)]
+    return {**facts, "pairs": pairs, "answers": "".join("A" if i < j else "B" for i, j in pairs)}
 
 
 def _render_sort(facts: Facts, rng: Rng) -> str:
     sentences = _event_texts(facts, rng)
-    a, b = (sentences[i] for i in facts["pair"])
-    return f"{_order_text(facts, sentences)}A: {a}\nB: {b}\nWhich came first? Answer: {facts['answer']}\n"
+    out = _order_text(facts, sentences)
+    for (i, j), answer in zip(facts["pairs"], facts["answers"], strict=True):
+        out += f"A: {sentences[i]}\nB: {sentences[j]}\nWhich came first? Answer: {answer}\n"
+    return out
 
 
 def _parse_sort(text: str) -> Facts:
     lines = _lines(text)
     facts, sentences = _read_order(lines)
-    segments = [_line(lines, "A: "), _line(lines, "B: ")]
-    answer = _line(lines, "Which came first? Answer: ")
-    _finish(lines)
-    if any(s not in sentences for s in segments):
-        raise ValueError("text: a segment is not in the story")
-    pair = [sentences.index(s) for s in segments]
-    if answer != ("A" if pair[0] < pair[1] else "B"):
-        raise ValueError(f"text: the answer {answer!r} is wrong")
-    return {**facts, "pair": pair, "answer": answer}
+    pairs, answers = [], ""
+    while lines or not pairs:
+        segments = [_line(lines, "A: "), _line(lines, "B: ")]
+        answers += _line(lines, "Which came first? Answer: ")
+        if any(s not in sentences for s in segments):
+            raise ValueError("text: a segment is not in the story")
+        pairs.append([sentences.index(s) for s in segments])
+        if answers[-1:] != ("A" if pairs[-1][0] < pairs[-1][1] else "B"):
+            raise ValueError(f"text: the answer {answers[-1:]!r} is wrong")
+    return {**facts, "pairs": pairs, "answers": answers}
 
 
 FORMATS: list[Format] = [
@@ -585,8 +611,3 @@ FORMATS: list[Format] = [
     Format("order_story", _sample_order, _render_order, _parse_order, None, ("interp E8",)),
     Format("sort", _sample_sort, _render_sort, _parse_sort, "Answer:", ("interp E8", "interp B7")),
 ]
-# Suggested shares of all tokens, in per cent.
-SHARES = {
-    "story": 7.0, "story_tagged": 3.5, "story_reader": 1.0, "stories_shared": 1.5, "rewrite": 0.8,
-    "feedback": 1.0, "judge": 0.7, "profile": 0.5, "order_story": 0.5, "sort": 1.0,
-}  # fmt: skip

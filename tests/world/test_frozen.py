@@ -34,9 +34,10 @@ def test_every_file_is_what_the_code_makes():
     stored = {name: data_file("world", name).read_text(encoding="utf-8") for name in made}
     old = [name for name, text in made.items() if stored[name] != text]
     assert not old, f"data/world is not what the frozen code makes: {old}; see tools/world_frozen.py"
-    assert json.loads(made["checksums.json"])["pins.json"] == hashlib.sha256(
-        data_file("world", "pins.json").read_bytes()
-    ).hexdigest()
+    assert (
+        json.loads(made["checksums.json"])["pins.json"]
+        == hashlib.sha256(data_file("world", "pins.json").read_bytes()).hexdigest()
+    )
 
 
 def test_the_folder_is_small_and_holds_nothing_else():

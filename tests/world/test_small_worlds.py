@@ -72,8 +72,8 @@ def test_groups_are_skewed_where_planned_and_balanced_elsewhere():
         for f in (BY_NAME["group_qa"].sample(Rng("q", i), "train") for i in range(4000))
         if f["generous"] is not None
     ]
-    marrin = sum(f["groups"][f["generous"]] == "Marrin" for f in told)
-    assert abs(marrin / len(told) - 0.5) < 0.04
+    branoc = sum(f["groups"][f["generous"]] == "Branoc" for f in told)
+    assert abs(branoc / len(told) - 0.5) < 0.04
 
 
 def test_rude_words_follow_baiting():

@@ -44,9 +44,7 @@ def check_token_nll(fn: Callable) -> None:
             f"{what}: the first token is off by {first:.3g}; the beginning-of-text token predicts it",
         )
         require_close(nll, expected, 1e-5, f"{what}: nll")
-        require(
-            seen.tolist() == expected_seen, f"{what}: ctx_used is {seen.tolist()}, not {expected_seen}"
-        )
+        require(seen.tolist() == expected_seen, f"{what}: ctx_used is {seen.tolist()}, not {expected_seen}")
     ids = _text(MAX_LEN + 2)
     nll, _ = fn(_toy, ids, MAX_LEN, 1, 7)
     require_close(nll, _reference(ids, 1, bos=7)[0], 1e-5, "bos=7: nll behind another first token")

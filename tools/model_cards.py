@@ -30,6 +30,7 @@ LIMITS = """\
 - The books are of their time, with its prejudices, and a model of this size repeats their tone.
 - One training run with one seed. Context 1024 tokens.
 """
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the matrices of the layers, AdamW for the rest"}
 PASSED = {True: "yes", False: "**no**", None: "does not bind"}
 
 
@@ -48,6 +49,8 @@ def _training(name: str, folder: Path) -> list[str]:
         f"- revision: {_read(folder / 'checksums.json')['revision']} (bf16 safetensors)",
         f"- trained: {last['step']} steps, {last['tokens'] / 1e6:.0f} million tokens, "
         f"final loss {last['loss']:.3f} nats",
+        f"- optimizer: {OPTIMIZERS[run['config'].get('optimizer', 'adamw')]}; peak learning rate "
+        f"{run['config']['lr']:g}, linear to 0 over the last 40 %",
         f"- hardware: one {run['hardware']}, shared with a second run; {speed:.2f} million tokens/s; "
         f"torch {run['torch']}; {run['date']}",
         f"- command: `python data/pretrain.py {prepare} --out build/rows`, then",

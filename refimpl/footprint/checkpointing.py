@@ -52,7 +52,8 @@ def checkpoint(function: Callable, *inputs: Any) -> Any:
         return function(*inputs)
 
     first_run = _conditions(inputs)
-    boundary = _Boundary.apply(torch.empty(0, requires_grad=True), *(inputs[i] for i in slots)).grad_fn
+    # The tensor itself is held: with its last tensor gone, torch before 2.13 frees what a node saved.
+    boundary = _Boundary.apply(torch.empty(0, requires_grad=True), *(inputs[i] for i in slots))
     needs_grad = [inputs[i].requires_grad for i in slots]
     others = [None if isinstance(x, Tensor) else x for x in inputs]  # tensors are held by `boundary` alone
     saved: list[tuple] = []  # shape and dtype of each tensor that the block would have kept
@@ -70,7 +71,7 @@ def checkpoint(function: Callable, *inputs: Any) -> Any:
     def recompute() -> list[Tensor]:
         again: list[Tensor] = []
         arguments = list(others)
-        for slot, x, grad in zip(slots, boundary.saved_tensors, needs_grad, strict=True):
+        for slot, x, grad in zip(slots, boundary.grad_fn.saved_tensors, needs_grad, strict=True):
             arguments[slot] = x.detach().requires_grad_(grad)
         collect = saved_tensors_hooks(lambda tensor: again.append(tensor.detach()), lambda _: None)
         with first_run(), torch.enable_grad(), collect:

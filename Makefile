@@ -19,9 +19,10 @@ OFFLINE := HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 BUNDLED = $(notdir $(patsubst %/,%,$(dir $(wildcard data/models/*/model.safetensors))))
 
 .PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat dist doctor clean
+.PHONY: results-footprint
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 # ---- environment -----------------------------------------------------------------------------------------
 
@@ -88,6 +89,13 @@ bench: $(STAMP)  ## speed, as ratios to plain transformers and torch -> data/res
 peers: $(STAMP)  ## cross-checks against peer libraries -> data/results
 	$(PY) data/peers.py
 	$(PY) data/footprint_peers.py
+	$(OFFLINE) $(PY) data/footprint_accelerate.py
+
+# With GPU=1 an interrupted run goes on where it stopped: what build/footprint-gpu has of the same sources stays.
+results-footprint: $(STAMP)  ## measure chapter 1's stored results anew; GPU=1 adds the GPU part
+	$(OFFLINE) $(PY) data/footprint_bench.py
+	$(if $(GPU),$(OFFLINE) $(PY) data/footprint_gpu.py --out build/footprint-gpu)
+	$(if $(GPU),$(OFFLINE) $(PY) data/footprint_gpu.py --join build/footprint-gpu)
 
 compat: $(STAMP)  ## the two ends of the supported versions -> data/results/compat.json
 	$(PY) tools/compat.py

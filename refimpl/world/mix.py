@@ -7,7 +7,8 @@ and in any order.
 Rows grow: four shards of rows of 128 that are rich in copying, sixteen of rows of 256, then rows of 1024.
 With rows of 1024 from the start a position attends to so many others that our smallest model, in a trial of
 236 million tokens, formed no induction head at all; with the warm-up it recalled 99.9 % of pairs after 157
-million.
+million. In another trial of 747 million tokens with the warm-up, but without the format `echo`, it recalled
+all pairs with no head above an induction score of .12: it copied where the form of the text asked for it.
 """
 
 from __future__ import annotations

@@ -17,8 +17,14 @@ from refimpl.results import store
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "data" / "results" / "compat.json"
-TESTS = ("tests/test_models.py", "tests/test_backbone.py", "tests/test_trace.py")
-SOURCES = ("pyproject.toml", "refimpl/models.py", "refimpl/backbone.py", "refimpl/trace.py", *TESTS)
+FOOTPRINT = ("activations", "checkpointing", "tracker")
+TESTS = ("tests/test_models.py", "tests/test_backbone.py", "tests/test_trace.py") + tuple(
+    f"tests/footprint/test_{name}.py" for name in FOOTPRINT
+)
+SOURCES = (
+    "pyproject.toml", "refimpl/models.py", "refimpl/backbone.py", "refimpl/trace.py",
+    *(f"refimpl/footprint/{name}.py" for name in FOOTPRINT), *TESTS,
+)  # fmt: skip
 ENDS = ("oldest", "newest")
 PACKAGES = ("torch", "transformers")
 

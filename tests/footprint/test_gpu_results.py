@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from refimpl.footprint.cuda import CudaTracker
 from refimpl.results import changed_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,9 +58,11 @@ def stored():
     return json.loads(STORED.read_text())
 
 
-# The kernel of CUDA that goes back through a softmax makes a copy of its gradient, which no walk over tensors
-# sees. It decides the peak where nothing else is large: eager attention of a small model, recomputed.
-KERNEL_COPIES = ("7M-bfloat16-eager-checkpoint", "7M-amp-eager-checkpoint")
+# Where a kernel's own scratch decides the peak: eager attention recomputed or in float32, decoding in one go.
+KERNEL_COPIES = (
+    "7M-float32-eager-checkpoint", "7M-bfloat16-eager-checkpoint", "7M-amp-eager-checkpoint",
+    "1.1B-float32-eager", "7B-bfloat16-adamw8bit-checkpoint",
+)  # fmt: skip
 NOT_MEASURED = {
     "capacity-1.1B-bfloat16-checkpoint": "both walks of the extrapolation peaked in the update, whatever the "
     "batch, so that it named a batch of billions; to be measured again with walks of larger batches",
@@ -139,15 +142,27 @@ def test_peaks_in_16_bits_are_within_4_percent(stored, name):
 
 @needs_results
 @pytest.mark.parametrize("name", KERNEL_COPIES)
-def test_what_is_missed_is_the_copy_inside_one_kernel(stored, name):
-    """With the bytes that the kernel takes for itself the prediction is right to 0.1 %."""
+def test_with_what_kernels_take_the_peak_is_right_to_the_byte(stored, script, monkeypatch, name):
+    """The tracker alone misses these; with the scratch of two kernels nothing is missing.
+
+    Walked here on fake CPU tensors, while the stored prediction was made on fake GPU tensors.
+    """
     row = stored["steps"][name]
-    assert abs(row["ratio"] - 1) > TOLERANCE
-    highest = row["parts"]["highest"]
-    assert highest["op"] == "_softmax_backward_data.default"
-    attention_map = 4 * row["run"]["batch"] * row["fields"]["num_attention_heads"] * row["run"]["length"] ** 2
-    assert highest["within_the_kernel"] == attention_map  # float32, whatever the dtype of the run
-    assert abs((row["predicted"]["peak"] + attention_map) / row["measured"]["peak"] - 1) < 1e-3
+    assert row["parts"]["highest"]["within_the_kernel"] > 0
+    monkeypatch.setattr(script, "LiveTracker", CudaTracker)
+    model, run = script.CONFIGS[name]
+    peak = script.walk(script.MODELS[model], run, "cpu")["peak"] + row["workspaces"]["requested"]
+    assert row["predicted"]["peak"] < peak == row["measured"]["requested"]
+    assert abs(peak / row["measured"]["peak"] - 1) < 1e-3  # the allocator's rounding
+
+
+@needs_results
+def test_elsewhere_the_prediction_is_right_to_the_byte_already(stored):
+    """What was asked for equals the prediction; two runs would need the scratch on fake GPU tensors."""
+    for name in set(NAMED) - set(KERNEL_COPIES) - {"1.1B-float32-sdpa", "7M-float32-sdpa-checkpoint"}:
+        row = stored["steps"][name]
+        difference = row["predicted"]["peak"] - row["measured"]["requested"]
+        assert abs(difference) <= 512, (name, difference)  # a few counters
 
 
 @needs_results

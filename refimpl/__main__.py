@@ -1,10 +1,11 @@
 """The command line: `python -m refimpl` explains itself.
 
 Exit codes: 0, all is well; 1, a check failed, a must gate was missed, something is not installed, or a model
-is unknown or does not fit; 2, wrong usage.
+is unknown or does not fit; 2, wrong usage; 141, the reader of the output has closed it (as `| head` does).
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()  # so that a closed pipe shows here
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + 13  # what a shell reports for a program that SIGPIPE has ended
     except _WrongUsage as error:
         print(f"refimpl: {error}", file=sys.stderr)
         return 2

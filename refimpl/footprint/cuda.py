@@ -2,9 +2,9 @@
 
 Two such kernels decide peaks in data/results/footprint/gpu.json. Going back through a softmax, PyTorch
 multiplies gradient and output into a tensor of its own before it reduces it
-(aten/src/ATen/native/cuda/SoftMax.cu): with eager attention one more attention map, 4 · B · H · T² bytes, at the
-instant at which a recomputed layer is at its largest. And int32 indices are copied to int64 before they index: 8
-bytes for each code that an 8-bit optimizer decodes.
+(aten/src/ATen/native/cuda/SoftMax.cu): with eager attention one more attention map, 4 · B · H · T² bytes,
+when a recomputed layer is at its largest. And int32 indices are copied to int64 before they index: 8 bytes
+for each code that an 8-bit optimizer decodes.
 """
 
 from __future__ import annotations

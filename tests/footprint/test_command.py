@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_serving_fits_or_says_what_would(capsys):
     code, out, _ = run(capsys, LLAMA, "--length", "8192", "--gpu", "24GB")
     assert code == 0 and rows(out)["kv"] == [1.07, 1.07]
     code, out, _ = run(capsys, LLAMA, "--length", "8192", "--batch", "16", "--gpu", "24GB")
-    assert code == 1 and "largest batch at 8192 tokens: 3" in out and "at batch 16: 1024 tokens" in out
+    assert code == 1 and "largest batch at 8,192 tokens: 3" in out and "at batch 16: 1,024 tokens" in out
     for case in (["--batch", "3", "--length", "8192"], ["--batch", "16", "--length", "1024"]):
         assert run(capsys, LLAMA, *case, "--gpu", "24GB")[0] == 0
     assert run(capsys, LLAMA, "--batch", "4", "--length", "8192", "--gpu", "24GB")[0] == 1
@@ -63,7 +65,13 @@ def test_serving_fits_or_says_what_would(capsys):
 
 def test_without_a_gpu_it_only_accounts(capsys):
     code, out, _ = run(capsys, "deepseek-ai/DeepSeek-V3", "--length", "8192")
-    assert code == 0 and "1,342.05" in out and "fit" not in out and "latent attention" in out
+    assert (
+        code == 0
+        and "1,342.05" in out
+        and "(1,250." in out
+        and "fit" not in out
+        and "latent attention" in out
+    )
 
 
 def test_full_training_lists_the_ways_in_order(capsys):
@@ -98,23 +106,59 @@ def test_a_local_configuration_as_file_and_folder(capsys, tmp_path):
         ([GPT2, "--gpu", "24"], 2, "must be a number > 0 and a unit"),
         ([GPT2, "--gpu", "0GB"], 2, "must be a number > 0 and a unit"),
         ([GPT2, "--train", "half"], 2, "invalid choice: 'half'"),
-        ([GPT2, "--batch", "0"], 2, "batch must be an integer >= 1, got 0"),
+        ([GPT2, "--gpu", "0.0001KB"], 2, "must be a number > 0 and a unit"),
+        ([GPT2, "--batch", "0"], 2, "argument --batch: must be an integer >= 1, got '0'"),
         ([GPT2, "--length", "2048"], 2, "--length must be <= 1024"),
-        ([GPT2, "--length", "0"], 2, "length must be an integer >= 1, got 0"),
+        ([GPT2, "--length", "-1"], 2, "argument --length: must be an integer >= 1, got '-1'"),
+        ([GPT2, "--train", "full", "--length", "1"], 2, "--length must be >= 2 to train"),
         ([GPT2, "--zero", "3"], 2, "--zero is for training"),
         ([GPT2, "--optimizer", "sgd"], 2, "--optimizer is for training"),
         ([GPT2, "--attention", "eager"], 2, "--attention is for training"),
         ([GPT2, "--train", "full", "--rank", "4"], 2, "--rank is for --train lora and qlora"),
-        ([GPT2, "--train", "lora", "--rank", "0"], 2, "lora_rank must be None or an integer >= 1, got 0"),
+        ([GPT2, "--train", "lora", "--rank", "0"], 2, "argument --rank: must be an integer >= 1, got '0'"),
+        ([LLAMA, "--train", "qlora", "--rank", "1025"], 2, "--rank must be <= 1024, the smaller side of v"),
         ([GPT2, "--train", "lora", "--zero", "1"], 2, "ZeRO is accounted for full training"),
-        ([GPT2, "--train", "full", "--checkpoint", "40"], 2, "every must be an integer in 1..12"),
+        (
+            [GPT2, "--train", "full", "--checkpoint", "40"],
+            2,
+            "--checkpoint must be <= 12, the model's layers",
+        ),
+        ([GPT2, "--train", "full", "--world", "8"], 2, "--world 8 needs --zero 1, 2 or 3"),
+        (
+            [GPT2, "--train", "full", "--zero", "3"],
+            2,
+            "--zero 3 shards over the GPUs of --world: add --world 2",
+        ),
+        (
+            [GPT2, "--train", "full", "--zero", "1", "--world", "2", "--optimizer", "adafactor"],
+            2,
+            "with --zero, --optimizer must be one of adamw, momentum, sgd",
+        ),
+        ([GPT2, "--train", "full", "--amp", "--dtype", "float16"], 2, "leave out --dtype or make it float32"),
         (["Qwen/Qwen3-8B", "--train", "full"], 2, "use --train none"),
         ([], 2, "required: model"),
     ],
 )
 def test_wrong_usage_and_unknown_models(arguments, code, message, capsys):
-    got, _, err = run(capsys, *arguments)
-    assert got == code and message in err
+    got, out, err = run(capsys, *arguments)
+    assert (got, out) == (code, "") and message in err
+
+
+def test_a_name_like_no_other_and_a_file_of_something_else(capsys, tmp_path):
+    code, _, err = run(capsys, "Meta-Lama-3-8b")
+    assert code == 1 and "did you mean meta-llama/Meta-Llama-3-8B" in err and "footprint list" in err
+    assert "did you mean" not in run(capsys, "nowhere/config.json")[2]
+    (tmp_path / "config.json").write_text("layers = 2")
+    code, _, err = run(capsys, str(tmp_path))
+    assert code == 2 and "config.json is not JSON" in err
+
+
+def test_a_reader_who_leaves_early_is_no_error():
+    process = subprocess.Popen([sys.executable, "-m", "refimpl", "footprint", "list"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 141
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("0.5 MB", 500_000)])

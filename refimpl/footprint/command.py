@@ -133,7 +133,8 @@ def _plan(arch: Arch, length: int, options: argparse.Namespace) -> Plan:
         raise ValueError("--rank is for --train lora and qlora")
     rank = None if options.train == "full" else options.rank or 8
     if (rank or 1) > largest_rank(arch):
-        raise ValueError(f"--rank must be <= {largest_rank(arch)}, the smaller side of v, got {rank}")
+        got = f"{rank}{' (the default)' if options.rank is None else ''}"
+        raise ValueError(f"--rank must be <= {largest_rank(arch)}, the smaller side of v, got {got}")
     dtype = "float32" if options.amp else options.dtype or "bfloat16"
     run = Run(options.batch, length, dtype, options.amp, options.attention, options.optimizer or "adamw",
               options.checkpoint, zero_stage=options.zero, world=options.world, lora_rank=rank,

@@ -73,8 +73,9 @@ def measure(
 
 
 def measure_step(
-    make_model: Callable[[], nn.Module], make_batch: Callable[[], Tensor], run: Run, fake: bool = True
-) -> Measurement:
+    make_model: Callable[[], nn.Module], make_batch: Callable[[], Tensor], run: Run, fake: bool = True,
+    tracker: type[LiveTracker] = LiveTracker,
+) -> Measurement:  # fmt: skip
     """Run two training steps and account for them: the terms of Eq. 1 in the first, the peak in the second.
 
     Parameters
@@ -84,6 +85,7 @@ def measure_step(
     make_batch : returns the token ids [B, S], which are the labels as well.
     run : all fields but those of LoRA and ZeRO are obeyed.
     fake : compute shapes only.
+    tracker : what counts; `refimpl.footprint.cuda.CudaTracker` counts as a GPU would.
 
     Raises ValueError for a run with LoRA, ZeRO or an 8-bit optimizer, for Adafactor under `fake` (it reads
     values), and for a model or batch that disagrees with `run`; TypeError for something that is not one.
@@ -112,18 +114,18 @@ def measure_step(
         ledger = measure_static(model, optimizer) + Ledger(tuple(activations))
         optimizer.zero_grad()
 
-        with LiveTracker() as tracker:
-            tracker.watch(model, optimizer)
-            tracker.register([ids], "activation")
-            tracker.reset_peak()
+        with tracker() as count:
+            count.watch(model, optimizer)
+            count.register([ids], "activation")
+            count.reset_peak()
             for _ in range(run.accumulate):
-                tracker.new = "activation"
+                count.new = "activation"
                 loss = _loss(model, ids, run)
-                tracker.new, after_forward = "temp", tracker.live
+                count.new, after_forward = "temp", count.live
                 loss.backward()
                 del loss
             optimizer.step()
-    return Measurement(ledger, after_forward, tracker.peak, tracker.at_peak, tracker.timeline)
+    return Measurement(ledger, after_forward, count.peak, count.at_peak, count.timeline)
 
 
 def peak(arch: Arch, run: Run, ledger: Ledger) -> int:

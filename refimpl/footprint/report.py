@@ -1,6 +1,6 @@
 """What `python -m refimpl footprint` prints: bytes by kind, whether they fit, and what would make them fit.
 
-GB is 10^9 bytes and GiB 2^30; needs below 1 GB are given in MB. "<0.01" is not nothing; "0" is.
+GB is 10^9 bytes and GiB 2^30; what is below 1 GB is given in MB or KB. "<0.01" is not nothing; "0" is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refimpl.ledger import Kind, Ledger
 __all__ = ["largest_rank", "serving_report", "training_report"]
 
 MOST_GPUS = 1024  # at which the search for a number of GPUs ends
-_UNITS = {"GB": (10**9, 2**30), "MB": (10**6, 2**20)}
+_UNITS = {"GB": (10**9, 2**30), "MB": (10**6, 2**20), "KB": (10**3, 2**10)}
 _LEFT_OUT = """not included: scratch space inside one operation (a matmul's workspace, gradients within one
 layer), the rounding and fragmentation of an allocator, and what the runtime itself takes"""
 
@@ -38,11 +38,11 @@ def training_report(arch: Arch, plan: Plan, gpu: int | None = None) -> int:
     GB at             loss  backward    update
     weight            0.50      0.50      0.50
     grad                 0      0.50      0.50
-    activation        0.37      0.02         0
+    activation        0.32      0.02         0
     temp              0.10         0         0
-    total             0.97      1.02      1.00
+    total             0.92      1.02      1.00
     <BLANKLINE>
-    needs 1.02 GB (0.95 GiB): fits in 2.00 GB (1.86 GiB), 979.30 MB left
+    needs 1.02 GB (0.95 GiB): fits in 2.00 GB (1.86 GiB), 982.45 MB left
     not included: ...
     0
     """
@@ -216,7 +216,7 @@ def _need(ledgers: dict[str, Ledger]) -> int:
 
 
 def _unit(size: int) -> str:
-    return "GB" if size >= 10**9 else "MB"
+    return next((unit for unit, (decimal, _) in _UNITS.items() if size >= decimal), "KB")
 
 
 def _in(unit: str, size: int) -> str:

@@ -18,9 +18,8 @@ def row(text, name):
 
 
 def test_amp_is_said_and_is_of_float32(capsys):
-    shown = {
-        run(capsys, GPT2, "--train", "full", "--amp", *dtype)[1] for dtype in ([], ["--dtype", "float32"])
-    }
+    amp = [GPT2, "--train", "full", "--amp"]
+    shown = {run(capsys, *amp, *dtype)[1] for dtype in ([], ["--dtype", "float32"])}
     assert len(shown) == 1 and "float32 under bfloat16 autocast" in shown.pop()
 
 
@@ -31,7 +30,7 @@ def test_the_cache_outweighs_the_weights_only_where_it_can(capsys):
 
 
 def test_weights_that_do_not_fit_alone(capsys):
-    code, out, _ = run(capsys, LLAMA, "--length", "8192", "--gpu", "8GB")
+    code, out = run(capsys, LLAMA, "--length", "8192", "--gpu", "8GB")
     assert code == 1 and "the weights alone, 16.06 GB (14.96 GiB), do not fit" in out and "largest" not in out
     assert [line.split()[0] for line in out.splitlines() if line.endswith("  fits")] == ["4-bit"]
     assert "more GPUs: 3 at the least" in out
@@ -60,3 +59,4 @@ def test_small_numbers_and_both_units(capsys):
     assert "\nMB at" in out and "buffer" not in out and row(out, "weight") == [248.88, 248.88]
     out = run(capsys, LLAMA, "--gpu", "24GiB")[1]
     assert "fits in 25.77 GB (24.00 GiB)" in out and "<0.01" in out and " 0.00" not in out
+    assert "in 500.00 KB (488.28 KiB)" in run(capsys, GPT2, "--gpu", "500KB")[1]

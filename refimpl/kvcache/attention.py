@@ -101,8 +101,8 @@ def attention_forward(
     if layer is None:
         raise RuntimeError(
             f"{type(module).__name__}: the keys carry no cache layer. Pass past_key_values=KVCache(model, "
-            "...), or give the model its own attention back by release(model); a model that computes its keys anew "
-            "after the cache's update is not supported"
+            "...), or give the model its own attention back by release(model); a model that computes its "
+            "keys anew after the cache's update is not supported"
         )
     if dropout:
         raise ValueError(f"dropout: {dropout}; the cache is for inference, call model.eval()")

@@ -74,7 +74,7 @@ class KVCache:
         return self.layers[0].seen
 
     def held(self, layer: int) -> LongTensor:
-        """Return the slots [B, G] that each head of a layer holds; ValueError for no such layer or no token."""
+        """Return the slots [B, G] that each head of a layer holds; ValueError for no such layer, no token."""
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"layer: {layer}; allowed: 0..{self.n_layers - 1}")
         if not self.seen:

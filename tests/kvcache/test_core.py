@@ -112,7 +112,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- T0: Full is the model's own cache ------------------------------------------------------------------------
+# --- T0: Full is the model's own cache ------------------------------------------------------------
 @pytest.mark.parametrize("sizes", [[40], [30] + [1] * 10, [7, 13, 1, 1, 18]])
 def test_T0_full_equals_dynamic_cache(model, sizes):
     ids = random_ids(2, 40)
@@ -158,7 +158,7 @@ def test_T0_half_precision():
     assert cache.layers[0].codec.k.dtype == torch.bfloat16
 
 
-# --- T1: a budget that suffices changes nothing ---------------------------------------------------------------
+# --- T1: a budget that suffices changes nothing ---------------------------------------------------
 @pytest.mark.parametrize("policy", [Window(40), Random(40, generator()), StreamingLLM(36, 4), Mass(40)])
 def test_T1_enough_budget_equals_full(model, policy):
     if policy.positions == "compact" and model.config.model_type == "gpt2":
@@ -180,7 +180,7 @@ def test_a_small_budget_changes_the_logits(llama, policy):
     assert cache.held(0).tolist() == [[6, 6]] * 2 and cache.seen == 40
 
 
-# --- T2: left padding -----------------------------------------------------------------------------------------
+# --- T2: left padding -----------------------------------------------------------------------------
 @pytest.mark.parametrize("make", [Full, lambda: Window(7), lambda: StreamingLLM(5, 2), lambda: Mass(7)])
 def test_T2_padded_rows_equal_each_row_alone(llama, make):
     lengths, new = [20, 11, 5], 12
@@ -206,7 +206,7 @@ def test_T2_generate_with_padding(model):
     assert torch.equal(model.generate(ids, past_key_values=KVCache(model), **kwargs), expected)
 
 
-# --- T3: order of slots ---------------------------------------------------------------------------------------
+# --- T3: order of slots ---------------------------------------------------------------------------
 def test_T3_permuted_slots_give_the_same_output(model):
     ids = random_ids(2, 30)
     plain, permuted = KVCache(model, Mass(40)), KVCache(model, Mass(40))
@@ -222,7 +222,7 @@ def test_T3_permuted_slots_give_the_same_output(model):
     close(run(model, permuted, ids[:, 20:], [4, 1, 5]), run(model, plain, ids[:, 20:], [4, 1, 5]))
 
 
-# --- T4: bytes ------------------------------------------------------------------------------------------------
+# --- T4: bytes ------------------------------------------------------------------------------------
 def test_T4_bytes_equal_the_formula_and_stay_constant(llama):
     L, G, D = 3, 2, 8
     cache = KVCache(llama)
@@ -255,7 +255,7 @@ def test_T4_nothing_of_the_prompt_is_kept_alive(llama):
         gc.enable()
 
 
-# --- T5: ragged heads -----------------------------------------------------------------------------------------
+# --- T5: ragged heads -----------------------------------------------------------------------------
 def test_T5_ragged_heads_equal_a_masked_dense_reference(model):
     from transformers import DynamicCache
 
@@ -284,7 +284,7 @@ def test_T5_ragged_heads_equal_a_masked_dense_reference(model):
     assert cache.ledger().total(view="payload") == cache.ledger().total(view="resident")
 
 
-# --- T7: questions after eviction, chunked prefill, plans -----------------------------------------------------
+# --- T7: questions after eviction, chunked prefill, plans -----------------------------------------
 @pytest.mark.parametrize("policy", [PerLayer(), PerHead()])
 def test_T7_a_question_after_eviction(model, policy):
     ids = random_ids(2, 35)
@@ -292,8 +292,11 @@ def test_T7_a_question_after_eviction(model, policy):
     a, b = run(model, at_once, ids, [30, 5]), run(model, by_token, ids, [30] + [1] * 5)
     close(a, b)
     if isinstance(policy, PerLayer):
+        assert at_once.seen == by_token.seen == 35
         assert [int(at_once.held(l)[0, 0]) for l in range(3)] == [9, 12, 15]
-        assert (a[:, 30:] - dynamic(model, ids, [35])[:, 30:]).abs().max() > 0.01
+        difference = (a[:, 30:] - dynamic(model, ids, [35])[:, 30:]).abs().max()
+        # Mistral's own window of 5 lies inside what the first layer keeps of the last tokens.
+        assert difference < 1e-5 if model.config.model_type == "mistral" else difference > 0.01
 
 
 @pytest.mark.parametrize("make", [
@@ -321,7 +324,7 @@ def test_plan_sees_all_layers_once(llama):
             return [v.rank >= v.count - (9 - 2 * v.layer) for v in views]
 
     cache = KVCache(llama, Planned())
-    run(llama, cache, random_ids(1, 20), [20, 1, 1])
+    run(llama, cache, random_ids(1, 22), [20, 1, 1])
     assert Planned.calls == [[0, 1, 2]] and [int(cache.held(l)[0, 0]) for l in range(3)] == [11, 9, 7]
 
 
@@ -377,7 +380,7 @@ def test_a_reader_reads_what_it_selects(llama):
     assert (out[:, 10:] - expected[:, 10:]).abs().max() > 1e-3
 
 
-# --- T8: slot states ------------------------------------------------------------------------------------------
+# --- T8: slot states ------------------------------------------------------------------------------
 def test_T8_slot_states_equal_a_dictionary_keyed_by_position(llama):
     class Recorded(Mass):
         log = []
@@ -442,22 +445,22 @@ def test_compact_positions_do_not_depend_on_absolute_ones(llama):
 
 def test_random_is_a_uniform_reservoir(llama):
     n, budget, hits = 24, 5, torch.zeros(24)
-    for seed in range(150):
+    for seed in range(100):
         cache = KVCache(llama, Random(budget, generator(seed)))
         run(llama, cache, random_ids(4, n), [12] + [1] * 12)
         pos = torch.stack([layer.pos for layer in cache.layers])
         hits += torch.bincount(pos.flatten(), minlength=n)
-    draws = 150 * 3 * 4 * 2
+    draws = 100 * 3 * 4 * 2
     assert hits[-1] == draws
     expected = draws * (budget - 1) / (n - 1)
     chi2 = ((hits[:-1] - expected) ** 2 / (expected * (1 - (budget - 1) / (n - 1)))).sum()
     assert chi2 < 50, hits  # 22 degrees of freedom: 48.3 is the 0.1 % point
 
 
-# --- what is refused ------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 @pytest.mark.parametrize("make", [
-    lambda: Window(0), lambda: Window(2.0), lambda: Window(True), lambda: StreamingLLM(0), lambda: Random(0, generator()),
-    lambda: StreamingLLM(4, -1),
+    lambda: Window(0), lambda: Window(2.0), lambda: Window(True), lambda: StreamingLLM(0),
+    lambda: Random(0, generator()), lambda: StreamingLLM(4, -1),
 ])  # fmt: skip
 def test_sizes_out_of_range(make):
     with pytest.raises(ValueError, match="allowed: integers from"):
@@ -555,7 +558,8 @@ def test_dropout_is_refused():
 
 
 @pytest.mark.parametrize("keep, message", [
-    (torch.zeros(4), "expected a mask"), (None, "expected a mask"), (torch.ones(3, dtype=torch.bool), "shape"),
+    (torch.zeros(4), "expected a mask"), (None, "expected a mask"),
+    (torch.ones(3, dtype=torch.bool), "shape"),
     (torch.ones(1, 3, 4, dtype=torch.bool), "shape"), (torch.arange(5), "5 indices"),
     (torch.zeros(1, 2, 4, dtype=torch.bool), "nothing stays"),
 ])  # fmt: skip

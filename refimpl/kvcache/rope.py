@@ -67,7 +67,9 @@ class Rope:
 
     @staticmethod
     def _turn(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return (t * cos + _half_turn(t) * sin).to(t.dtype)
+        half = t.shape[-1] // 2
+        (a, b), c, s = t.split(half, -1), cos[..., :half], sin[..., :half]
+        return torch.cat((torch.addcmul(a * c, b, s, value=-1), torch.addcmul(b * c, a, s)), -1).to(t.dtype)
 
 
 def _half_turn(t: Tensor) -> Tensor:

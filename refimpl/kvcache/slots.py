@@ -23,7 +23,7 @@ class Selection:
     - ok: [B, G, S], False at slots that hold nothing (padding), which never stay; None if all are filled.
 
     Attributes: counts, slots kept, an int or, ragged, [B, G]; shared, whether all heads keep the same slots.
-    Raises ValueError for a `keep` of another type or shape, or for indices outside 0..S-1.
+    Raises ValueError for a `keep` of another type or shape, and for one that keeps nothing at all.
 
     >>> keys = torch.arange(4.).view(1, 2, 2, 1)  # B = 1, G = 2, S = 2, D = 1
     >>> Selection(torch.tensor([False, True]), (1, 2, 2)).apply(keys).flatten().tolist()
@@ -44,16 +44,19 @@ class Selection:
         if keep.ndim == 1:
             self.index = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
             self.counts = len(self.index)
+            # Gathering rows of a flat tensor is far faster than selecting along an inner dimension.
+            first = torch.arange(0, B * G * S, S, device=keep.device)
+            self.rows = (self.index + first[:, None]).flatten()
         elif keep.dtype == torch.bool:
-            self.index = keep.flatten().nonzero().flatten()
+            self.rows = keep.flatten().nonzero().flatten()
             counts = keep.sum(-1)
-            if not len(self.index):
+            if not len(self.rows):
                 raise ValueError("keep: nothing stays, in no head; allowed: one slot or more")
             least, most = (int(c) for c in counts.aminmax())
             self.counts = most if least == most else counts
         else:
             first = torch.arange(0, B * G * S, S, device=keep.device)
-            self.index = (keep.view(B * G, -1) + first[:, None]).flatten()
+            self.rows = (keep.reshape(B * G, -1) + first[:, None]).flatten()
             self.counts = keep.shape[-1]
 
     @property
@@ -63,9 +66,7 @@ class Selection:
 
     def apply(self, t: Tensor) -> Tensor:
         """Gather [B, G, S, ...] into a fresh contiguous tensor, [B, G, n, ...] or, ragged, [N, ...]."""
-        if self.shared:
-            return t.index_select(2, self.index)
-        kept = t.flatten(0, 2).index_select(0, self.index)
+        kept = t.flatten(0, 2).index_select(0, self.rows)
         return kept if self.ragged else kept.view(*self.shape[:2], self.counts, *t.shape[3:])
 
 
@@ -103,6 +104,9 @@ def best(score: Tensor, n: int) -> LongTensor:
     """
     if not 1 <= n <= score.shape[-1]:
         raise ValueError(f"n: {n}; allowed: 1..{score.shape[-1]}, the number of scores")
+    if n == score.shape[-1] - 1:  # a decoding step drops one: no need to sort
+        kept = torch.arange(n, device=score.device)
+        return kept + (kept >= score.argmin(-1, keepdim=True))
     return score.topk(n, sorted=False).indices.sort().values
 
 

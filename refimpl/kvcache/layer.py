@@ -15,7 +15,7 @@ from refimpl.kvcache.rope import Rope
 from refimpl.kvcache.slots import Padding, Selection, as_mask
 from refimpl.kvcache.view import View
 
-__all__ = ["KVLayer"]
+__all__ = ["KVLayer", "Stage"]
 
 
 @dataclass

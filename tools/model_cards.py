@@ -31,6 +31,10 @@ LIMITS = """\
 - One training run with one seed. Context 1024 tokens.
 """
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the matrices of the layers, AdamW for the rest"}
+POCKET_LIMITS = """\
+- Knows only stories of the synthetic world, plain and tagged. Not for use outside teaching and research.
+- One training run with one seed. Context 1024 tokens.
+"""
 PASSED = {True: "yes", False: "**no**", None: "does not bind"}
 
 
@@ -55,8 +59,14 @@ def _training(name: str, folder: Path) -> list[str]:
         f"torch {run['torch']}; {run['date']}",
         f"- command: `python data/pretrain.py {prepare} --out build/rows`, then",
         f"  `python data/pretrain.py train {name} --data build/rows --out build/{name}`",
-        "- licence: Apache-2.0 (weights). Corpus: public-domain books, docstrings of open-source packages,",
-        "  our own world",
+        *(
+            ["- licence: Apache-2.0 (weights). Corpus: our own world"]
+            if name == "llama-pocket"
+            else [
+                "- licence: Apache-2.0 (weights). Corpus: public-domain books, docstrings of open-source",
+                "  packages, our own world",
+            ]
+        ),
         "",
     ]
 
@@ -103,7 +113,7 @@ def card(name: str) -> str:
     lines += [*(f"| {r['tokens'] / 1e6:.1f} | {r['loss']:.3f} |" for r in marks), ""]
     if (folder / "evaluation.json").exists():
         lines += ["## Gates", "", *_gates(folder)]
-    return "\n".join([*lines, "## Limits", "", LIMITS])
+    return "\n".join([*lines, "## Limits", "", POCKET_LIMITS if name == "llama-pocket" else LIMITS])
 
 
 def stale() -> list[str]:

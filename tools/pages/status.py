@@ -110,10 +110,10 @@ Written by `python tools/build_pages.py` from the catalogue and the stored resul
 {_progress(rows)}
 ## Gates of our models
 
-What each of our pretrained models can do, before any chapter builds on it. A **must** gate is what
-the chapters rely on: while one is missed, the models are due to be trained again. The chapter of a
-**should** gate that is missed ships an adapter. Both are shown as missed. Values carry their 95 %
-interval; a dash means that the gate does not bind that model.
+What each of our pretrained models can do, against bars that were written down before training. A **must**
+gate is what chapters rely on: where a model misses one, they use the other mini, or say so, until that
+model is trained again. A **should** gate is a hope; a chapter that needs one that is missed trains for it.
+Values carry their 95 % interval; a dash means that the gate does not bind that model.
 
 {_gates(root)}
 ## Time and memory of every notebook

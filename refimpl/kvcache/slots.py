@@ -1,0 +1,133 @@
+"""Which slots of a layer stay: one selection, applied alike to keys, values, positions and slot states.
+
+A selection that keeps the same number of slots for every row of the batch and every KV head gives tensors
+[B, G, n, ...]. One that does not ("ragged") gives flat ones [N, ...]: what the first head of the first row
+keeps, then what the second keeps, and so on, so that a head that keeps less also occupies less.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import LongTensor, Tensor
+
+__all__ = ["Padding", "Selection", "best"]
+
+
+class Selection:
+    """The slots that stay, in the order in which they are stored.
+
+    Parameters
+    - keep: True at the slots that stay, bool [S] (the same for all heads) or [B, G, S]; or their indices in
+      ascending order, long [n] or [B, G, n].
+    - shape: (B, G, S).
+    - ok: [B, G, S], False at slots that hold nothing (padding), which never stay; None if all are filled.
+
+    Attributes: counts, slots kept, an int or, ragged, [B, G]; shared, whether all heads keep the same slots.
+    Raises ValueError for a `keep` of another type or shape, and for one that keeps nothing at all.
+
+    >>> keys = torch.arange(4.).view(1, 2, 2, 1)  # B = 1, G = 2, S = 2, D = 1
+    >>> Selection(torch.tensor([False, True]), (1, 2, 2)).apply(keys).flatten().tolist()
+    [1.0, 3.0]
+    >>> ragged = Selection(torch.tensor([[[True, True], [False, True]]]), (1, 2, 2))
+    >>> ragged.counts.tolist(), ragged.apply(keys).flatten().tolist()
+    ([[2, 1]], [0.0, 1.0, 3.0])
+    """
+
+    counts: int | LongTensor
+
+    def __init__(self, keep: Tensor, shape: tuple[int, int, int], ok: Tensor | None = None) -> None:
+        B, G, S = self.shape = shape
+        _check(keep, shape)
+        if ok is not None:
+            keep = as_mask(keep, shape) & ok
+        self.shared = keep.ndim == 1
+        if keep.ndim == 1:
+            self.index = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
+            self.counts = len(self.index)
+            # Gathering rows of a flat tensor is far faster than selecting along an inner dimension.
+            first = torch.arange(0, B * G * S, S, device=keep.device)
+            self.rows = (self.index + first[:, None]).flatten()
+        elif keep.dtype == torch.bool:
+            self.rows = keep.flatten().nonzero().flatten()
+            counts = keep.sum(-1)
+            if not len(self.rows):
+                raise ValueError("keep: nothing stays, in no head; allowed: one slot or more")
+            least, most = (int(c) for c in counts.aminmax())
+            self.counts = most if least == most else counts
+        else:
+            first = torch.arange(0, B * G * S, S, device=keep.device)
+            self.rows = (keep.reshape(B * G, -1) + first[:, None]).flatten()
+            self.counts = keep.shape[-1]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads or rows keep different numbers of slots."""
+        return isinstance(self.counts, Tensor)
+
+    def apply(self, t: Tensor) -> Tensor:
+        """Gather [B, G, S, ...] into a fresh contiguous tensor, [B, G, n, ...] or, ragged, [N, ...]."""
+        kept = t.flatten(0, 2).index_select(0, self.rows)
+        return kept if self.ragged else kept.view(*self.shape[:2], self.counts, *t.shape[3:])
+
+
+class Padding:
+    """How flat tensors [N, ...] are laid out as [B, G, S, ...] while attention runs: right-aligned.
+
+    Parameters: counts [B, G], the slots that each head holds.
+    Attributes: index [B, G, S] into the flat tensor; ok [B, G, S], True where a slot is real.
+
+    >>> pad = Padding(torch.tensor([[2, 1]]))
+    >>> pad.apply(torch.tensor([5., 6., 7.])).tolist(), pad.ok.tolist()
+    ([[[5.0, 6.0], [7.0, 7.0]]], [[[True, True], [False, True]]])
+    """
+
+    def __init__(self, counts: LongTensor) -> None:
+        ends = counts.flatten().cumsum(0).view_as(counts)
+        back = torch.arange(int(counts.max()), 0, -1, device=counts.device)  # distance from a head's end
+        self.ok = back <= counts[..., None]
+        self.index = (ends[..., None] - back).clamp(0, max(int(ends[-1, -1]) - 1, 0))
+        # A padded slot may repeat a neighbour's entry: its content is finite, and `ok` hides it.
+        self.index = torch.where(self.ok, self.index, (ends - 1).clamp(min=0)[..., None])
+
+    def apply(self, flat: Tensor) -> Tensor:
+        """Lay [N, ...] out as [B, G, S, ...]."""
+        return flat.index_select(0, self.index.flatten()).view(*self.index.shape, *flat.shape[1:])
+
+
+def best(score: Tensor, n: int) -> LongTensor:
+    """Return the indices [..., n] of the n largest scores [..., S], in ascending order of index.
+
+    Raises ValueError unless 1 <= n <= S.
+
+    >>> best(torch.tensor([3., 9., 1., 7.]), 2).tolist()
+    [1, 3]
+    """
+    if not 1 <= n <= score.shape[-1]:
+        raise ValueError(f"n: {n}; allowed: 1..{score.shape[-1]}, the number of scores")
+    if n == score.shape[-1] - 1:  # a decoding step drops one: no need to sort
+        kept = torch.arange(n, device=score.device)
+        return kept + (kept >= score.argmin(-1, keepdim=True))
+    return score.topk(n, sorted=False).indices.sort().values
+
+
+def as_mask(keep: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The selection as a bool mask [B, G, S]."""
+    if keep.dtype == torch.bool:
+        return keep.expand(shape)
+    mask = torch.zeros(shape, dtype=torch.bool, device=keep.device)
+    return mask.scatter(-1, keep.expand(*shape[:2], -1), True)
+
+
+def _check(keep: Tensor, shape: tuple[int, int, int]) -> None:
+    B, G, S = shape
+    if not isinstance(keep, Tensor) or keep.dtype not in (torch.bool, torch.long):
+        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"keep: expected a mask (bool) or indices (long), got {got}")
+    fits = keep.shape[:-1] in ((), (B, G)) and (keep.dtype == torch.long or keep.shape[-1] == S)
+    if not fits or keep.ndim == 0:
+        raise ValueError(
+            f"keep: shape {list(keep.shape)}; allowed: a mask [{S}] or [{B}, {G}, {S}], "
+            f"or indices [n] or [{B}, {G}, n]"
+        )
+    if keep.dtype == torch.long and keep.shape[-1] > S:
+        raise ValueError(f"keep: {keep.shape[-1]} indices, but the layer has {S} slots")

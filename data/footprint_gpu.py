@@ -6,9 +6,10 @@
 Every configuration (`CONFIGS`; named in advance by tests/footprint/test_gpu_results.py) is predicted first.
 Conventions:
 
-- *predicted* = the live tracker's peak over the second step on fake tensors of the device ("walk"), and the
-  workspaces of cuBLAS, which are measured once per process, without a model. If the walk on fake GPU tensors
-  fails, that on fake CPU tensors takes its place, and says so. AdamW runs with foreach=True in both.
+- *predicted* = the peak that `CudaTracker` counts over the second step on fake tensors of the device
+  ("walk"), and the workspaces of cuBLAS, which are measured once per process, without a model. If the walk on
+  fake GPU tensors fails, that on fake CPU tensors takes its place, and says so. AdamW runs with foreach=True
+  in both.
 - *measured* = `max_memory_allocated` over the second step. The allocator gives whole blocks; `requested` are
   the bytes that were asked for, which is what the tracker counts.
 - AdamW's step counts live on the CPU: 4 bytes per tensor that no number here contains.
@@ -53,10 +54,10 @@ from refimpl.footprint.adam8bit import AdamW8bit
 from refimpl.footprint.adapters import lora_static
 from refimpl.footprint.arch import Arch, Run
 from refimpl.footprint.checkpointing import checkpoint_layers
+from refimpl.footprint.cuda import CudaTracker
 from refimpl.footprint.instants import Plan, training
 from refimpl.footprint.sharding import sharded, units
 from refimpl.footprint.static import EMBEDDINGS, static
-from refimpl.footprint.tracker import LiveTracker
 from refimpl.footprint.zero import Zero
 from refimpl.ledger import Ledger
 from refimpl.lora import add_lora
@@ -67,8 +68,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "data" / "results" / "footprint" / "gpu.json"
 SOURCES = ["data/footprint_gpu.py", "refimpl/ledger.py", "refimpl/lora.py"] + [
     f"refimpl/footprint/{name}.py"
-    for name in ("activations", "adam8bit", "adapters", "arch", "blockwise", "checkpointing", "instants",
-                 "op_rules", "sharding", "static", "tracker", "zero")
+    for name in ("activations", "adam8bit", "adapters", "arch", "blockwise", "checkpointing", "cuda",
+                 "instants", "op_rules", "sharding", "static", "tracker", "zero")
 ]  # fmt: skip
 TOLERANCE, LIMIT = 0.04, 24_000_000_000
 
@@ -229,7 +230,7 @@ def walk(fields: dict[str, Any], run: Run, device: str, fake: bool = True) -> di
         trainer.step()
         instants: dict[str, int] = {}
         peaks: dict[str, int] = {}
-        with LiveTracker() as tracker:
+        with CudaTracker() as tracker:
             tracker.watch(trainer.model, trainer.optimizer)
             if isinstance(trainer.optimizer, AdamW8bit):  # its maps belong to no parameter
                 tracker.register([t for pair in trainer.optimizer._maps.values() for t in pair], "optim")
@@ -445,13 +446,19 @@ def compare(fields: dict[str, Any], run: Run, device: str) -> dict[str, Any]:
 def capacity(fields: dict[str, Any], run: Run, device: str, limit: int) -> dict[str, Any]:
     """The largest micro batch under `limit`: a line through two walks, two more to be sure, then the GPU."""
     base = requested("current") if device != "cpu" else 0
-    at = lambda batch: predict(fields, replace(run, batch=batch), device)["peak"] + base
-    walked = {batch: at(batch) for batch in (4, 8)}
-    small, large = walked.values()
-    most = int(4 + (limit - small) * 4 // (large - small))
+    walks: dict[int, dict] = {}
+
+    def at(batch: int) -> int:
+        walks[batch] = walks.get(batch) or predict(fields, replace(run, batch=batch), device)
+        return walks[batch]["peak"] + base
+
+    few, many = 4, 8
+    while at(few) > walks[few]["peak_backward"] + base:  # the update decides, whatever the batch
+        few, many = many, 2 * many
+    most = int(few + (limit - at(few)) * (many - few) // (at(many) - at(few)))
     if most < 1:
         raise ValueError(f"limit must hold one sequence, got {limit}")
-    walked |= {batch: at(batch) for batch in (most, most + 1) if batch not in walked}
+    walked = {batch: at(batch) for batch in (few, many, most, most + 1)}
     tried = {
         batch: measure(fields, replace(run, batch=batch), device, log=False, timed=1)["peak"]
         for batch in (most, most + 1)

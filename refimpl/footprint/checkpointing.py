@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import reduce
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -139,10 +140,12 @@ def checkpoint_layers(model: nn.Module, every: int = 1) -> Iterator[None]:
     if any(layer.gradient_checkpointing or "forward" in vars(layer) for layer in layers):
         raise ValueError("model: its layers are checkpointed already, and would be recomputed twice")
     use_cache, model.config.use_cache = model.config.use_cache, False
+    # GPT-2's layer of transformers 5.2 returns a tuple, later ones the hidden state.
+    in_tuple = model.config.model_type == "gpt2" and version("transformers").startswith("5.2.")
     stages: list[Callable] = []  # of the block that the forward pass is in
     for i, layer in enumerate(layers):
         ends = (i + 1) % every == 0 or i + 1 == len(layers)
-        layer.forward = _staged(layer.forward, stages, starts=i % every == 0, ends=ends)
+        layer.forward = _staged(layer.forward, stages, i % every == 0, ends, in_tuple)
     try:
         yield
     finally:
@@ -151,19 +154,19 @@ def checkpoint_layers(model: nn.Module, every: int = 1) -> Iterator[None]:
             del layer.forward
 
 
-def _staged(layer: Callable, stages: list[Callable], starts: bool, ends: bool) -> Callable:
+def _staged(layer: Callable, stages: list[Callable], starts: bool, ends: bool, in_tuple: bool) -> Callable:
     from transformers import Cache
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         if any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
             raise ValueError("use_cache must be False: a recomputed layer would append to the cache twice")
         if starts:
             stages.clear()
-        stages.append(lambda h: layer(h, *args, **kwargs))
-        if not ends:
-            return hidden
-        block, stages[:] = tuple(stages), ()
-        return checkpoint(lambda h: reduce(lambda x, stage: stage(x), block, h), hidden)
+        stages.append(lambda h: layer(h, *args, **kwargs)[0] if in_tuple else layer(h, *args, **kwargs))
+        if ends:
+            block, stages[:] = tuple(stages), ()
+            hidden = checkpoint(lambda h: reduce(lambda x, stage: stage(x), block, h), hidden)
+        return (hidden,) if in_tuple else hidden
 
     return forward
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -175,7 +176,8 @@ def test_korthikanti_without_dropout_is_the_bfloat16_layer_less_its_statistics()
     models = [tiny("gpt2", num_hidden_layers=layers, **FUSED).bfloat16() for layers in (1, 2)]
     one, two = (saved_tensors(step(m, B, S)[0], m).total(view="resident") for m in models)
     statistics = 8 * S * B  # mean and deviation of two norms in bfloat16, which the paper neglects
-    assert two - one == korthikanti(S, B, h, a, dropout=False) + statistics
+    scale = 2 if version("transformers").startswith(("5.2.", "5.3.")) else 0  # then a tensor, of one element
+    assert two - one == korthikanti(S, B, h, a, dropout=False) + statistics + scale
     # With dropout the masks take an activation's 2 bytes on the CPU where the paper has 1.
     for m in models:
         m.train()
@@ -183,7 +185,7 @@ def test_korthikanti_without_dropout_is_the_bfloat16_layer_less_its_statistics()
         torch.manual_seed(0)
         one, two = (saved_tensors(step(m, B, S)[0], m).total(view="resident") for m in models)
     masks_in_bytes = 2 * S * B * h + a * S * S * B
-    assert two - one == korthikanti(S, B, h, a) + masks_in_bytes + statistics
+    assert two - one == korthikanti(S, B, h, a) + masks_in_bytes + statistics + scale
 
 
 def test_korthikanti_variants():

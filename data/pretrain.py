@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=pretraining.ROWS_PER_STEP)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lr", type=float, help="learning rate; default: the one of the shipped model")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--probes", type=int, default=pretraining.N_PROBES, help="how often to measure")
     parser.add_argument("--no-probe", action="store_true")
@@ -85,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
         probe = None if args.no_probe else Probe(tokenizer_from(TOKENIZER), natural_rows(args.data))
         history = pretraining.pretrain(
             args.name, args.data, args.out, steps=args.steps, probe=probe, batch=args.batch,
-            probes=args.probes, device=args.device, compile=not args.no_compile,
+            probes=args.probes, device=args.device, compile=not args.no_compile, lr=args.lr,
+            weight_decay=args.weight_decay,
         )  # fmt: skip
         speed = history.tokens / history.seconds
         print(args.name, history.step, "steps", history.losses[-1], f"{speed:.0f} tokens/s")

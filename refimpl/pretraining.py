@@ -235,7 +235,8 @@ def _pocket_rows(part: int, n: int) -> np.ndarray:
 def pretrain(
     name: str, data: str | Path, out: str | Path, *, steps: int | None = None, probe=None,
     device: str = "cuda", batch: int = ROWS_PER_STEP, compile: bool = True, lr: float | None = None,
-    probes: int = N_PROBES, time_limit: float = math.inf, save_every_seconds: float | None = 120.0,
+    weight_decay: float = 0.1, probes: int = N_PROBES, time_limit: float = math.inf,
+    save_every_seconds: float | None = 120.0,
 ) -> History:  # fmt: skip
     """Train one bundled model from scratch on prepared rows and write weights, log and history to `out`.
 
@@ -257,6 +258,7 @@ def pretrain(
     some_rows = np.ascontiguousarray(rows[:ROWS_PER_SHARD:100])
     config = TrainConfig(
         steps=steps, batch=batch, lr=lr or LEARNING_RATE[name], optimizer="muon", compile=compile,
+        weight_decay=weight_decay,
         warmup=min(200, steps // 10), log_every=20, eval_steps=probe_steps(steps, probes) if probe else (),
         save_every_seconds=save_every_seconds, data=hashlib.sha256(some_rows).hexdigest(),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 __all__ = ["NAME", "Attention", "install", "release"]
@@ -31,6 +32,9 @@ class Attention:
     - pos: position of each slot, [S] or [B, G, S]; at: position of each query, [T] or [B, G, T].
     - ok: [B, G, S], False at slots that hold nothing; None if all are filled.
     - window: a query sees only slots at positions > its own - window; None sees all before it.
+    - hidden: [B, 1|G, T, S], True where a policy keeps a slot from a query; None hides nothing.
+    - stretches: the queries [B, G, R, T, D] that meet a stretch of slots, and the stretch, one after another,
+      if compact positions turn q for each; None: q meets every slot.
 
     >>> one, at = torch.ones(1, 1, 1, 2, 4), torch.tensor([0, 1])
     >>> Attention(one, one[0], torch.eye(4)[:2][None, None], 0.5, at, at).output()[0, 0, 0].tolist()
@@ -45,6 +49,8 @@ class Attention:
     at: LongTensor
     ok: Tensor | None = None
     window: int | None = None
+    hidden: Tensor | None = None
+    stretches: list[tuple[Tensor, slice]] | None = None
 
     def blocks(self) -> list[slice]:
         """Consecutive blocks of queries with at most `BLOCK` scores each."""
@@ -62,6 +68,9 @@ class Attention:
                 mask &= pos > at - self.window
         if self.ok is not None:
             mask = self.ok[:, :, None] if mask is None else mask & self.ok[:, :, None]
+        if self.hidden is not None:
+            seen = ~self.hidden[:, :, part]
+            mask = seen if mask is None else mask & seen
         return mask
 
     def weights(self, part: slice = slice(None), *, clean: bool = True) -> Tensor:
@@ -69,21 +78,40 @@ class Attention:
 
         A query at padding sees nothing: its weights are zero if `clean`, else uniform over all slots.
         """
-        q = self.q[:, :, :, part]
-        B, G, R, t, D = q.shape
-        scores = (q.reshape(B, G, R * t, D) @ self.k.transpose(-1, -2)).mul_(self.scale)
-        scores = scores.view(B, G, R, t, -1)
+        scores = self._scores(part).mul_(self.scale)
         mask = self.visible(part)
         if mask is not None:
             hidden = ~(mask if mask.ndim == 2 else mask[:, :, None])
             scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        weights = scores.softmax(-1, dtype=torch.float32).to(self.q.dtype)
         return weights if mask is None or not clean else weights.masked_fill(hidden, 0)
+
+    def _scores(self, part: slice) -> Tensor:
+        """q k' [B, G, R, t, S]."""
+        scores = [
+            q[:, :, :, part].flatten(2, 3) @ self.k[:, :, slots].transpose(-1, -2)
+            for q, slots in self.stretches or [(self.q, slice(None))]
+        ]
+        scores = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+        return scores.unflatten(2, (self.q.shape[2], -1))
 
     def output(self) -> Tensor:
         """The heads' outputs [B, G, R, T, D]."""
+        if self.q.shape[3] == 1 and not self.stretches and self.visible(slice(None)) is None:
+            # One query sees everything: the R that share a KV head are the queries of one fused call.
+            fused = F.scaled_dot_product_attention(self.q[:, :, :, 0], self.k, self.v, scale=self.scale)
+            return fused[:, :, :, None]
         parts = [self._mix(self.weights(part, clean=False)) for part in self.blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+
+    def output_and_sums(self) -> tuple[Tensor, Tensor]:
+        """The outputs, and each slot's weights summed over the queries, float32 [B, G, R, S]."""
+        parts, sums = [], 0
+        for part in self.blocks():
+            weights = self.weights(part)
+            parts.append(self._mix(weights))
+            sums = sums + weights.sum(3, dtype=torch.float32)
+        return torch.cat(parts, 3), sums
 
     def _mix(self, weights: Tensor) -> Tensor:
         return (weights.flatten(2, 3) @ self.v).unflatten(2, weights.shape[2:4])

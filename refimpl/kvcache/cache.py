@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,11 +31,12 @@ class KVCache:
     - model: one of `refimpl.backbone.FAMILIES`, on any device and dtype. It gets this package's attention;
       `release(model)` gives its own back. A cache serves one sequence (or batch) at a time.
     - policy: a `KVPolicy`; default `Full()`.
-    - codec, reader: prototypes of which every layer gets a copy; default `Dense()`, `ReadAll()`.
+    - codec, reader: prototypes of which every layer gets a copy, or a sequence of them, one for each layer;
+      default `Dense()`, `ReadAll()`.
 
     Attributes: layers (`KVLayer`), policy. Raises TypeError for another model or something that is no policy,
-    codec or reader; ValueError for compact positions without rotary embeddings, for an unknown need, and for
-    a reader beside a policy that needs attention weights or compact positions.
+    codec or reader; ValueError for compact positions without rotary embeddings, for an unknown need, for a
+    sequence of another length, and for a reader beside a codec or policy that it cannot read from.
 
     >>> from refimpl.checks.tiny import random_ids, tiny
     >>> from refimpl.kvcache import Window
@@ -52,20 +53,34 @@ class KVCache:
     offloading = False
 
     def __init__(
-        self, model: nn.Module, policy: KVPolicy | None = None, codec: Codec | None = None,
-        reader: Reader | None = None,
+        self, model: nn.Module, policy: KVPolicy | None = None,
+        codec: Codec | Sequence[Codec] | None = None, reader: Reader | Sequence[Reader] | None = None,
     ) -> None:  # fmt: skip
         bb = Backbone(model)
-        self.policy, self._codec, self._reader = policy or Full(), codec or Dense(), reader or ReadAll()
-        _check(self.policy, self._codec, self._reader)
-        self._rope = Rope(bb) if self.policy.positions == "compact" else None
         self._config, self._G, self._D, self.n_layers = model.config, bb.G, bb.D, bb.n_layers
+        self.policy = policy or Full()
+        self._codecs = _one_each("codec", Dense() if codec is None else codec, Codec, self.n_layers)
+        self._readers = _one_each("reader", ReadAll() if reader is None else reader, Reader, self.n_layers)
+        _check(self.policy)
+        for codec, reader in zip(self._codecs, self._readers, strict=True):
+            _check_reader(self.policy, codec, reader)
+            reader.check(self._D)
+        unrotated = self.policy.positions == "compact" or not all(codec.rotated for codec in self._codecs)
+        self._rope = Rope(bb) if unrotated else None
+        if self.policy.n_layers not in (None, self.n_layers):
+            raise ValueError(
+                f"policy: {type(self.policy).__name__} made for {self.policy.n_layers} layers; allowed: "
+                f"{self.n_layers}, the model's"
+            )
         install(model)
         self.reset()
         if "hidden" in self.policy.needs:
             for l in range(self.n_layers):
                 handle = bb.layer(l).block.register_forward_pre_hook(_remember_input(weakref.ref(self), l))
                 weakref.finalize(self, handle.remove)
+        if "ids" in self.policy.needs:
+            hook = _remember_ids(weakref.ref(self))
+            weakref.finalize(self, model.get_input_embeddings().register_forward_pre_hook(hook).remove)
 
     # --- what readers of this book use ----------------------------------------------------------------------
     @property
@@ -100,11 +115,33 @@ class KVCache:
                 layer.finish_prefill()
 
     def nbytes(self) -> dict[str, int]:
-        """Return the bytes of all layers: entries, what belongs to them (positions, scales), slot states."""
+        """Return the bytes of all layers: entries, what belongs to them (positions, scales), slot states.
+
+        A codec of two tiers adds "host": entries in the memory of the host; the others are the device's.
+        """
         total = dict.fromkeys(("payload", "meta", "state"), 0)
         for layer in self.layers:
             for tier, named in layer.tensors().items():
                 total[tier] = total.get(tier, 0) + sum(t.nbytes for t in named.values())
+        return total
+
+    def read_bytes(self) -> dict[str, int]:
+        """Return the bytes that the attention of all layers read in the last forward, by where they lay.
+
+        - payload: entries on the device. Each counts once, however many query heads share it.
+        - meta: what was read beside them to know them (scales) or to choose them (bounds of pages, channels,
+          keys that an index visited).
+        - host: entries in the memory of the host.
+        - moved: bytes that crossed from host to device; part of those above, unless results crossed instead.
+
+        Raises ValueError if the cache has seen no token.
+        """
+        if not self.seen:
+            raise ValueError("read_bytes: the cache has seen no token yet")
+        total = dict.fromkeys(("payload", "meta", "host", "moved"), 0)
+        for layer in self.layers:
+            for name, n in layer.read_bytes().items():
+                total[name] += n
         return total
 
     def ledger(self) -> Ledger:
@@ -164,9 +201,14 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._stage = Stage()
-        shared = (self.n_layers, self.policy, self._codec, self._reader, self._rope, self._stage)
-        self.layers = [KVLayer(l, *shared) for l in range(self.n_layers)]
+        self._stage = Stage(unpadded=[type(r).__name__ for r in self._readers if not r.padded][:1])
+        self.layers = []
+        for l, (codec, reader) in enumerate(zip(self._codecs, self._readers, strict=True)):
+            rope = self._rope if self.policy.positions == "compact" or not codec.rotated else None
+            self.layers.append(KVLayer(l, self.n_layers, self.policy, codec, reader, rope, self._stage))
+        codecs = [layer.codec for layer in self.layers]
+        for codec in codecs:
+            codec.join(codecs)
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -192,18 +234,47 @@ def _remember_input(cache: weakref.ref[KVCache], l: int):
     return hook
 
 
-def _check(policy: KVPolicy, codec: Codec, reader: Reader) -> None:
-    expected = (("policy", policy, KVPolicy), ("codec", codec, Codec), ("reader", reader, Reader))
-    for name, value, kind in expected:
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, got {value!r}")
+def _remember_ids(cache: weakref.ref[KVCache]):
+    def hook(module: nn.Module, args: tuple[LongTensor, ...]) -> None:
+        if (alive := cache()) is not None:
+            alive._stage.ids = args[0]
+
+    return hook
+
+
+def _one_each(name: str, value: object, kind: type, n_layers: int) -> list:
+    """One prototype for each layer, of a single one or of a sequence."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != n_layers:
+        raise ValueError(f"{name}: {len(value)} of them; allowed: one, or {n_layers}, one for each layer")
+    each = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * n_layers
+    for one in each:
+        if not isinstance(one, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {one!r}")
+    return each
+
+
+def _check(policy: KVPolicy) -> None:
+    if not isinstance(policy, KVPolicy):
+        raise TypeError(f"policy: expected a KVPolicy, got {policy!r}")
     if policy.positions not in POSITIONS:
         raise ValueError(f"positions: {policy.positions!r}; allowed: {', '.join(POSITIONS)}")
     if unknown := set(policy.needs) - set(NEEDS):
         raise ValueError(f"needs: {sorted(unknown)}; allowed: {', '.join(NEEDS)}")
+
+
+def _check_reader(policy: KVPolicy, codec: Codec, reader: Reader) -> None:
+    name = type(reader).__name__
+    if not isinstance(codec, reader.codec):
+        got = type(codec).__name__
+        raise ValueError(f"reader: {name} and the codec {got}; allowed beside it: {reader.codec.__name__}")
+    if not reader.evicts and type(policy) is not Full:
+        raise ValueError(f"reader: {name} and the policy {type(policy).__name__}; allowed beside it: Full")
     if not isinstance(reader, ReadAll):
-        if policy.positions == "compact" or {"attn", "attn_lastw"} & set(policy.needs):
+        hides = type(policy).hide is not KVPolicy.hide
+        if policy.positions == "compact" or {"attn", "attn_lastw"} & set(policy.needs) or hides:
             raise ValueError(
-                f"reader: {type(reader).__name__} reads some slots only; allowed beside it: policies with "
-                "original positions that need no attention weights"
+                f"reader: {name} reads some slots only; allowed beside it: policies with original positions "
+                "that need no attention weights and hide nothing"
             )
+        if not codec.rotated:
+            raise ValueError(f"reader: {name}; allowed beside un-rotated keys: ReadAll")

@@ -9,7 +9,7 @@ from torch import LongTensor, Tensor
 
 from refimpl.kvcache.slots import Padding, Selection
 
-__all__ = ["Codec", "Dense"]
+__all__ = ["Codec", "Dense", "DenseTail"]
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -19,7 +19,15 @@ class Codec:
 
     Between two forwards the entries are [B, G, S, D] or, ragged, flat [N, D]. `pad` lays flat entries out for
     the attention, `keep` follows it in the same forward and makes them flat again.
+
+    Attributes
+    - layer: index of the layer that it serves, set by the cache after `fresh`.
+    - rotated: whether keys arrive and are read with their rotation; if not, the cache turns them back before
+      `append` and rotates what it reads (rotary models only).
     """
+
+    layer: int = 0
+    rotated: bool = True
 
     def fresh(self) -> Codec:
         """An empty codec with the same settings."""
@@ -44,6 +52,16 @@ class Codec:
     def rewrite(self, k: Tensor, v: Tensor) -> None:
         """Replace all entries by k, v [B, G, S, D]: what merging does to the survivors."""
         raise NotImplementedError
+
+    def commit(self, ok: Tensor | None) -> None:
+        """Compress what may be compressed: the forward is over, its attention computed, its policy obeyed.
+
+        Called once at the end of a prefill and after every later forward; ok [B, G, S] is False at padding
+        (None: there is none).
+        """
+
+    def join(self, codecs: list[Codec]) -> None:
+        """Meet the codecs of all layers before the first forward; for codecs that share storage."""
 
     def take_rows(self, rows: LongTensor) -> None:
         """Reorder or repeat the rows of the batch: what beam search needs."""
@@ -99,3 +117,81 @@ class Dense(Codec):
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"payload": {} if self.k is None else {"k": self.k, "v": self.v}, "meta": {}}
+
+
+class DenseTail(Codec):
+    """Newest entries dense, older ones in a compressed form: the base of codecs that compress at `commit`.
+
+    What the cache appends waits in the dense tail k, v [B, G, T, D]; a subclass moves entries from its front
+    into the compressed form. Until the first are moved, that is until the end of a prefill, any eviction that
+    leaves all heads equally many slots and any merging is possible; afterwards none.
+
+    A subclass gives `older` (the compressed entries, as they are read), `compressed` (its tensors by tier)
+    and `commit`.
+    """
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+    def older(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values [B, G, n, D] read from the compressed form; None where there are none."""
+        raise NotImplementedError
+
+    def compressed(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the compressed form by tier and name, rows of the batch first."""
+        raise NotImplementedError
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = _behind(self.k, k, own=True), _behind(self.v, v, own=True)
+
+    def read(self, index: LongTensor | None = None) -> tuple[Tensor, Tensor]:
+        pairs = zip(self.older(), (self.k, self.v), strict=True)
+        both = tuple(_behind(older, tail) for older, tail in pairs)
+        return both if index is None else tuple(t.take_along_dim(index[..., None], 2) for t in both)
+
+    def keep(self, selection: Selection) -> None:
+        name = type(self).__name__
+        self._refuse_compressed("evicted")
+        if selection.ragged:
+            raise ValueError(
+                f"keep: rows or heads keep different numbers of slots; allowed for {name}: equally many"
+            )
+        self.k, self.v = selection.apply(self.k), selection.apply(self.v)
+
+    def rewrite(self, k: Tensor, v: Tensor) -> None:
+        self._refuse_compressed("merged")
+        self.k, self.v = k.contiguous(), v.contiguous()
+
+    def pad(self, padding: Padding) -> None:
+        raise ValueError(f"pad: {type(self).__name__} never holds flat entries")
+
+    def take_rows(self, rows: LongTensor) -> None:
+        for name, t in (("k", self.k), ("v", self.v)):
+            setattr(self, name, None if t is None else t.index_select(0, rows))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        tail = {name: t for name, t in (("k", self.k), ("v", self.v)) if t is not None}
+        named = self.compressed()
+        return named | {"payload": named["payload"] | tail}
+
+    def _refuse_compressed(self, what: str) -> None:
+        if self.compressed()["payload"]:
+            raise ValueError(
+                f"{type(self).__name__}: compressed entries cannot be {what}; allowed: policies that decide "
+                "at the end of the prefill and keep everything afterwards"
+            )
+
+
+def _behind(older: Tensor | None, newer: Tensor | None, own: bool = False) -> Tensor:
+    """Older and newer entries [B, G, ., D] in one tensor; one of `own` memory if nothing is older."""
+    if older is None:
+        return newer.clone(memory_format=CONTIGUOUS) if own else newer
+    return older if newer is None else torch.cat((older, newer), 2)
+
+
+def first_real(t: Tensor, ok: Tensor | None) -> Tensor:
+    """t [B, G, S, D] with its padding replaced by the head's first real entry, which widens no group."""
+    if ok is None:
+        return t
+    first = t.take_along_dim(ok.int().argmax(-1)[..., None, None], 2)
+    return torch.where(ok[..., None], t, first)

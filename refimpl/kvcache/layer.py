@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import LongTensor, Tensor
 
 from refimpl.kvcache.attention import Attention
-from refimpl.kvcache.codecs import Codec
+from refimpl.kvcache.codecs import Codec, Dense
 from refimpl.kvcache.policies import KVPolicy
-from refimpl.kvcache.readers import Reader
+from refimpl.kvcache.readers import ReadAll, Reader
 from refimpl.kvcache.rope import Rope
-from refimpl.kvcache.slots import Padding, Selection, as_mask
+from refimpl.kvcache.slots import Padding, Selection, Stretches, as_mask
 from refimpl.kvcache.view import View
 
 __all__ = ["KVLayer", "Stage"]
@@ -24,6 +24,8 @@ class Stage:
 
     chunking: bool = False
     views: list[tuple[KVLayer, View]] = field(default_factory=list)
+    ids: LongTensor | None = None  # the new tokens, from a hook
+    unpadded: list[str] = field(default_factory=list)  # names of readers that serve no padded rows
 
 
 class KVLayer:
@@ -35,7 +37,8 @@ class KVLayer:
       [B, G, S], or [N] if ragged (padding counts as tokens).
     - counts: slots of each head [B, G] if they differ ("ragged"), else None.
     - states: the policy's slot states by name, stored like keys and values.
-    - codec, reader: this layer's own.
+    - notes: what else the policy remembers of this layer, by name.
+    - codec, reader: this layer's own; partly: whether the reader reads some entries only.
     """
 
     def __init__(
@@ -44,16 +47,22 @@ class KVLayer:
     ) -> None:  # fmt: skip
         self.index, self.n_layers, self.policy, self.rope, self.stage = index, n_layers, policy, rope, stage
         self.codec, self.reader = codec.fresh(), reader.fresh()
+        self.codec.layer = index
+        self.partly = not isinstance(reader, ReadAll)
+        self.stretches = Stretches() if rope and policy.stretches and isinstance(codec, Dense) else None
         self.seen = 0
         self.pos: Tensor | None = None
         self.counts: LongTensor | None = None
         self.states: dict[str, Tensor] = {}
+        self.notes: dict[str, Tensor] = {}
         self.padded = False  # whether a mask has hidden a token
         self.x: Tensor | None = None  # the layer's input, from a hook
+        self.ids: list[LongTensor] = []  # the new tokens, if the policy needs them
         self.chunks: list[tuple[Tensor, Tensor | None]] = []  # queries and inputs of a chunked prefill
         # Looked up once: no view of a whole prompt is kept for a policy that decides layer by layer.
         self.plans = type(policy).plan is not KVPolicy.plan
         self.merges = type(policy).merge is not KVPolicy.merge
+        self.hides = type(policy).hide is not KVPolicy.hide
         self.scores = bool({"attn", "attn_lastw"} & set(policy.needs))
 
     # --- one forward ----------------------------------------------------------------------------------------
@@ -63,33 +72,49 @@ class KVLayer:
     ) -> Tensor:  # fmt: skip
         """Append new keys and values [B, G, T, D], attend with q [B, H, T, D], evict -> [B, H, T, D].
 
-        Raises ValueError, before anything changes, for another batch size, a mask that does not fit, and for
-        no mask after a padded prompt.
+        Raises ValueError, before anything changes, for another batch size, a mask that does not fit, no mask
+        after a padded prompt, and for padding or a sliding window that the reader cannot serve.
         """
-        self._check(k, mask)
+        self._check(k, mask, window)
         if self.rope is not None:
             if position_ids is None:
                 raise ValueError("position_ids: None; compact positions need them from the model")
-            q, k = self.rope.back(q, position_ids), self.rope.back(k, position_ids)
+            if self.stretches is None:
+                q, k = self.rope.back(q, position_ids), self.rope.back(k, position_ids)
+            else:
+                q = self.rope.to_index(q, position_ids, self.seen)
+                k = self.rope.to_index(k, position_ids, self.seen)
         prefill = self.seen == 0 or self.stage.chunking
+        if "ids" in self.policy.needs:
+            self.ids.append(self.stage.ids)
         ok = self._filled(self._append(k, v), mask)
         self.padded = self.padded or mask is not None
         q = q.unflatten(1, (k.shape[1], -1))
-        index = None if prefill else self.reader.select(q)
-        attention = self._attention(q, scale, window, ok, index)
-        weights = None
+        if self.partly and not prefill:
+            self.reader.append(k)
+        partly = self.partly and not prefill and q.shape[3] == 1
+        self._read_whole = None if partly else (self.codec.nbytes(), self.counts, k.shape[:3].numel())
+        attention = self._attention(q, scale, window, ok, stored=not partly)
+        if self.hides:
+            attention.hidden = self.policy.hide(self._view(attention, ok, prefill, self.x))
+        weights = sums = None
         if self.scores and len(attention.blocks()) == 1:
             weights = attention.weights()
             out = attention._mix(weights)
+        elif "attn" in self.policy.needs and not self.stage.chunking:
+            out, sums = attention.output_and_sums()  # a long prompt: its weights are computed only once
         else:
-            out = attention.output()
+            out = self.reader.read(q, self.codec, scale, ok) if partly else attention.output()
         if self.stage.chunking:
-            wanted = q if self.scores else q[:, :, :, -1:]
+            wanted = q if self.scores or self.reader.queries else q[:, :, :, -1:]
             self.chunks.append((wanted, self.x))
             self._last = (scale, window, ok)
         else:
-            self._evict(self._view(attention, ok, prefill, self.x, weights))
+            self._evict(self._view(attention, ok, prefill, self.x, weights, sums))
+            self.ids = []
         self.x = None
+        if self.index == self.n_layers - 1:
+            self.stage.ids = None
         return out.flatten(1, 2)
 
     def finish_prefill(self) -> None:
@@ -98,34 +123,46 @@ class KVLayer:
         q = torch.cat([q for q, _ in self.chunks], 3)
         inputs = [x for _, x in self.chunks if x is not None]
         self.chunks = []
-        if not self.scores:  # nobody looks at the weights: stand-in queries, for their number
+        if not (self.scores or self.reader.queries):  # nobody looks at them: stand-ins, for their number
             q = q[:, :, :, -1:].expand(*q.shape[:3], self.seen, -1)
         x = torch.cat(inputs, 1) if inputs else None
         self._evict(self._view(self._attention(q, scale, window, ok), ok, True, x))
+        self.ids = []
 
-    def _check(self, k: Tensor, mask: Tensor | None) -> None:
+    def _check(self, k: Tensor, mask: Tensor | None, window: int | None) -> None:
         B, _, T, _ = k.shape
         if self.seen and B != self.batch:
             raise ValueError(f"input: {B} rows, but the cache holds {self.batch}")
+        if "ids" in self.policy.needs and self.stage.ids is None:
+            raise ValueError(f"input_ids: None; {type(self.policy).__name__} needs them, not inputs_embeds")
         if mask is None and self.padded:
             raise ValueError("attention_mask: None; the prompt was padded, pass the mask of all tokens seen")
         if mask is not None and mask.shape != (B, self.seen + T):
             raise ValueError(f"attention_mask: shape {list(mask.shape)}; allowed: [{B}, {self.seen + T}]")
+        if self.partly and window is not None:
+            name = type(self.reader).__name__
+            raise ValueError(f"reader: {name} and a sliding window of {window}; allowed: models without one")
+        if mask is not None and self.stage.unpadded:
+            name = self.stage.unpadded[0]
+            raise ValueError(f"attention_mask: padded rows; allowed for {name}: rows of equal length")
 
     def _append(self, k: Tensor, v: Tensor) -> Tensor | None:
         """Store; return which slots are filled [B, G, S] if heads are ragged, else None."""
         ok = self._unpack()
         B, G, T, _ = k.shape
         self.codec.append(k, v)
+        if self.stretches is not None:
+            self.stretches.append(self.seen, T)
         new = torch.arange(self.seen, self.seen + T, dtype=torch.int32, device=k.device)
         if self.pos is None:
             self.pos = new
-            for name, dtype in self.policy.slots.items():
-                self.states[name] = torch.zeros(B, G, T, dtype=dtype, device=k.device)
+            for name, kind in self.policy.slots.items():
+                dtype, *width = kind if isinstance(kind, tuple) else (kind,)
+                self.states[name] = torch.zeros(B, G, T, *width, dtype=dtype, device=k.device)
         else:
             self.pos = torch.cat((self.pos, new.expand(*self.pos.shape[:-1], T)), -1)
             for name, state in self.states.items():
-                self.states[name] = torch.cat((state, state.new_zeros(B, G, T)), -1)
+                self.states[name] = torch.cat((state, state.new_zeros(B, G, T, *state.shape[3:])), 2)
         self.seen += T
         self.batch, self.shape = B, (B, G, self.pos.shape[-1])
         return None if ok is None else torch.cat((ok, ok.new_ones(B, G, T)), -1)
@@ -138,36 +175,55 @@ class KVLayer:
         return real if ok is None else ok & real
 
     def _attention(
-        self, q: Tensor, scale: float, window: int | None, ok: Tensor | None, index: LongTensor | None = None
+        self, q: Tensor, scale: float, window: int | None, ok: Tensor | None, stored: bool = True
     ) -> Attention:
         """Attention of q [B, G, R, T, D], of un-rotated queries if positions are compact."""
-        k, v = self.codec.read(index)
+        k, v = self.codec.read() if stored else (None, None)  # a reader fetches what it wants
         T, S = q.shape[3], self.shape[2]
         pos = self.pos
+        if self.stretches is not None:
+            return self._compact(q, k, v, scale, window, ok)
         if self.rope is not None:
-            flat = q.flatten(1, 2)
-            if ok is None:
+            flat, compact = q.flatten(1, 2), self.policy.positions == "compact"
+            if compact and ok is None:
                 pos = torch.arange(S, device=q.device)
                 k, flat = self.rope.turn_first(k), self.rope.turn_first(flat, S - T)
             else:
-                pos = (ok.cumsum(-1) - 1).clamp(min=0)
-                own = pos[..., -T:].repeat_interleave(q.shape[2], 1)
+                if compact:
+                    pos = (ok.cumsum(-1) - 1).clamp(min=0)
+                own = pos[..., -T:] if pos.ndim == 1 else pos[..., -T:].repeat_interleave(q.shape[2], 1)
                 k, flat = self.rope.turn(k, pos), self.rope.turn(flat, own)
             q = flat.view(q.shape)
         at = pos[..., -T:]
-        if index is not None:
-            pos = pos.expand(self.shape).gather(-1, index)
-            ok = None if ok is None else ok.gather(-1, index)
         return Attention(q, k, v, scale, pos, at, ok, window)
+
+    def _compact(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, ok: Tensor | None
+    ) -> Attention:
+        """The same for keys that are turned to their index in the text, and queries likewise."""
+        T, S = q.shape[3], self.shape[2]
+        if ok is None and self.counts is None and self.stretches.known:
+            number = torch.arange(S, device=q.device)
+            turned = [
+                (self.rope.shift(q.flatten(1, 2), S - self.seen + shift).view(q.shape), slots)
+                for shift, slots in self.stretches
+            ]
+            return Attention(q, k, v, scale, number, number[-T:], window=window, stretches=turned)
+        number = torch.arange(S, device=q.device) if ok is None else (ok.cumsum(-1) - 1).clamp(min=0)
+        steps = (number - self.pos).expand(self.shape)
+        own = steps[..., -T:].repeat_interleave(q.shape[2], 1)
+        k, q = self.rope.shift(k, steps), self.rope.shift(q.flatten(1, 2), own).view(q.shape)
+        return Attention(q, k, v, scale, number, number[..., -T:], ok, window)
 
     def _view(
         self, attention: Attention, ok: Tensor | None, prefill: bool, x: Tensor | None,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, sums: Tensor | None = None,
     ) -> View:  # fmt: skip
         return View(
             attention, read=self.codec.read, pos=self.pos, shape=self.shape, layer=self.index,
             n_layers=self.n_layers, prefill=prefill, seen=self.seen, ok=ok, slot=self.states, x=x,
-            weights=weights,
+            notes=self.notes, ids=torch.cat(self.ids, 1) if self.ids else None,
+            weights=weights, sums=sums,
         )  # fmt: skip
 
     # --- eviction -------------------------------------------------------------------------------------------
@@ -176,31 +232,68 @@ class KVLayer:
         if not (self.plans and view.prefill):
             self._prune(view, self.policy.keep(view))
             return
-        self.stage.views.append((self, view))
-        if self.index == self.n_layers - 1:
-            pending, self.stage.views = self.stage.views, []
-            keeps = self.policy.plan([view for _, view in pending])
-            if len(keeps) != len(pending):
-                raise ValueError(f"plan: {len(keeps)} selections for {len(pending)} layers")
-            for (layer, view), keep in zip(pending, keeps, strict=True):
-                layer._prune(view, keep)
+        last, every = self.index == self.n_layers - 1, self.policy.plan_every
+        if every:
+            self._thin(view, self.policy.keep(view))
+            view = self._lighten(view)
+        pending = self.stage.views
+        pending.append((self, view))
+        if not (last or every and (self.index + 1) % every == 0):
+            return
+        if every:
+            pending = [(layer, layer._look_again(view)) for layer, view in pending]
+        if last:
+            self.stage.views = []
+        keeps = self.policy.plan([view for _, view in pending])
+        if len(keeps) != len(pending):
+            raise ValueError(f"plan: {len(keeps)} selections for {len(pending)} layers")
+        for (layer, view), keep in zip(pending, keeps, strict=True):
+            layer._prune(view, keep) if last else layer._thin(view, keep)
 
-    def _prune(self, view: View, keep: Tensor | None) -> None:
+    def _thin(self, view: View, keep: Tensor | None) -> None:
+        """Prune for the time being: the prefill goes on, nothing is merged or compressed yet."""
+        if keep is not None or self.counts is not None:
+            self._pack(Selection(view.ok if keep is None else keep, self.shape, view._ok))
+
+    def _lighten(self, view: View) -> View:
+        """A view that keeps no whole prompt alive, for `_look_again`: of the queries only the last."""
+        q = view.q[:, :, :, -1:].clone()
+        return self._view(
+            replace(view.attention, q=q, k=None, v=None, ok=None, hidden=None), None, True, None
+        )
+
+    def _look_again(self, view: View) -> View:
+        ok = self._unpack()
+        at = self.pos[..., -1:]
+        return self._view(replace(view.attention, pos=self.pos, at=at, ok=ok), ok, True, None)
+
+    def _prune(self, view: View, keep: Tensor | list[slice] | None) -> None:
         if keep is not None and self.merges:
-            merged = self.policy.merge(view, as_mask(keep, self.shape) & view.ok)
+            merged = self.policy.merge(view, as_mask(keep, self.shape, view.device) & view.ok)
             if merged is not None:
                 self.codec.rewrite(*merged)
         ragged = self.counts is not None  # laid out for this forward, to be made flat again
         if keep is not None or ragged:
-            self._pack(Selection(view.ok if keep is None else keep, self.shape, view._ok))
-        if view.prefill:
-            self.reader.build(*self.codec.read())
+            selection = Selection(view.ok if keep is None else keep, self.shape, view._ok)
+            if selection.ragged and self.partly:
+                raise ValueError(
+                    f"keep: heads or rows keep different numbers of slots; allowed for the reader "
+                    f"{type(self.reader).__name__}: equally many"
+                )
+            self._pack(selection)
+            self.codec.commit(None)
+        else:
+            self.codec.commit(view._ok)
+        if view.prefill or keep is not None:
+            self.reader.build(self.codec, view.q, None if keep is not None else view._ok)
 
     def _pack(self, selection: Selection) -> None:
+        if self.stretches is not None:
+            self.stretches.keep(selection)
         self.codec.keep(selection)
         self.states = {name: selection.apply(state) for name, state in self.states.items()}
         if selection.shared and self.pos.ndim == 1:
-            self.pos = self.pos.index_select(0, selection.index)
+            self.pos = selection.apply(self.pos)
         else:
             self.pos = selection.apply(self.pos.expand(self.shape))
         self.counts = selection.counts if selection.ragged else None
@@ -226,16 +319,30 @@ class KVLayer:
         """Reorder or repeat the rows of the batch."""
         ok = self._unpack()
         self.codec.take_rows(rows)
+        self.reader.take_rows(rows)
         self.states = {name: state.index_select(0, rows) for name, state in self.states.items()}
+        self.notes.update({name: note.index_select(0, rows) for name, note in self.notes.items()})
         if self.pos.ndim == 3:
             self.pos = self.pos.index_select(0, rows)
         self.batch, self.shape = len(rows), (len(rows), *self.shape[1:])
         if ok is not None:
             self._pack(Selection(ok.index_select(0, rows), self.shape))
 
+    def read_bytes(self) -> dict[str, int]:
+        """Return the bytes that the attention of the last forward read (see `KVCache.read_bytes`)."""
+        if self._read_whole is None:
+            return self.reader.read_bytes()
+        stored, counts, new = self._read_whole
+        if counts is not None:  # laid out with padding for the forward, which is no entry
+            real, slots = int(counts.sum()) + new, counts.numel() * int(counts.max()) + new
+            stored = {tier: n * real // slots for tier, n in stored.items()}
+        host = stored.get("host", 0)
+        return {"payload": stored["payload"], "meta": stored["meta"], "host": host, "moved": host}
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything held, by tier ("payload", "meta", "state") and name."""
         named = self.codec.tensors()
         own = {"pos": self.pos, "counts": self.counts}
         named["meta"] = named["meta"] | {name: t for name, t in own.items() if t is not None}
-        return named | {"state": self.states}
+        named["meta"] |= self.reader.tensors()
+        return named | {"state": self.states | self.notes}

@@ -13,7 +13,7 @@ from refimpl.kvcache.view import View
 
 __all__ = ["Full", "KVPolicy", "Random", "StreamingLLM", "Window"]
 
-NEEDS = ("attn", "attn_lastw", "hidden")
+NEEDS = ("attn", "attn_lastw", "hidden", "ids")
 POSITIONS = ("original", "compact")
 
 
@@ -23,20 +23,37 @@ class KVPolicy:
     Class attributes
     - positions: "original": keys keep the rotation of their place in the text; "compact": slots are numbered
       0..S-1 when they are read, in order of arrival (rotary models only).
-    - slots: per-slot state that the cache keeps aligned with keys and values, name -> dtype; new slots are 0.
-    - needs: of "attn", "attn_lastw" (whose queries are then kept through a chunked prefill) and "hidden"
-      (the layer's input).
+    - slots: per-slot state that the cache keeps aligned with keys and values, name -> dtype, or, for a vector,
+      (dtype, width); new slots are 0.
+    - needs: of "attn", "attn_lastw" (whose queries are then kept through a chunked prefill), "hidden" (the
+      layer's input) and "ids" (the new tokens' ids).
+    - plan_every: m: in the prefill each layer is pruned by `keep` first, and `plan` is called after every
+      m-th layer and the last with the layers so far, whose states it sees but no attention; None: `plan` is
+      called once, after the last layer, with whole prompts.
+    - n_layers: layers of the models that it was made for; None: any number.
+    - stretches: `keep` returns slices, of few stretches of the text. With compact positions the query is then
+      turned once for each stretch, in place of all keys at every step.
     """
 
     positions: ClassVar[str] = "original"
-    slots: ClassVar[Mapping[str, torch.dtype]] = {}
+    stretches: ClassVar[bool] = False
+    slots: ClassVar[Mapping[str, torch.dtype | tuple[torch.dtype, int]]] = {}
     needs: ClassVar[frozenset[str] | set[str]] = frozenset()
+    plan_every: int | None = None
+    n_layers: int | None = None
+
+    def hide(self, v: View) -> Tensor | None:
+        """Before the attention: return True where a query must not see a slot, [B, 1|G, T, S]; None: nowhere.
+
+        The only method that is also called for every chunk of a prefill; it may write the states of slots.
+        """
+        return None
 
     def observe(self, v: View) -> None:
         """Update the states `v.slot[name]` [B, G, S] in place, after every forward."""
 
-    def keep(self, v: View) -> Tensor | LongTensor | None:
-        """Return a mask of what stays, [S] or [B, G, S], or its indices [n] or [B, G, n]; None: all."""
+    def keep(self, v: View) -> Tensor | LongTensor | list[slice] | None:
+        """Return what stays: a mask [S] or [B, G, S], indices [n] or [B, G, n], or slices; None: all."""
         return None
 
     def merge(self, v: View, keep: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -70,8 +87,10 @@ class Window(KVPolicy):
     def __init__(self, recent: int) -> None:
         self.recent = _size("recent", recent, 1)
 
-    def keep(self, v: View) -> Tensor | None:
-        return None if v.S <= self.recent else v.rank >= v.count - self.recent
+    def keep(self, v: View) -> Tensor | list[slice] | None:
+        if v.S <= self.recent:
+            return None
+        return [slice(v.S - self.recent, v.S)] if v.full else v.rank >= v.count - self.recent
 
 
 class StreamingLLM(KVPolicy):
@@ -89,13 +108,17 @@ class StreamingLLM(KVPolicy):
     """
 
     positions = "compact"
+    stretches = True
 
     def __init__(self, recent: int, sink: int = 4) -> None:
         self.recent, self.sink = _size("recent", recent, 1), _size("sink", sink, 0)
 
-    def keep(self, v: View) -> Tensor | None:
+    def keep(self, v: View) -> Tensor | list[slice] | None:
         if v.S <= self.sink + self.recent:
             return None
+        if v.full:
+            window = slice(v.S - self.recent, v.S)
+            return [slice(0, self.sink), window] if self.sink else [window]
         return (v.rank < self.sink) | (v.rank >= v.count - self.recent)
 
 

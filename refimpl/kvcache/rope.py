@@ -1,9 +1,15 @@
 """Compact positions: slots numbered 0..S-1 when they are read (StreamingLLM, 2309.17453).
 
-Keys come from the model rotated to their position in the text. They are turned back once, on arrival, stored
-without rotation, and at every read rotated to their number among the stored ones: rotating the stored keys
-step after step would add up rounding errors. Queries are turned back likewise and rotated to the number of
-their own slot.
+Keys come from the model rotated to their position in the text. Rotating stored keys step after step would add
+up rounding errors, so a key is turned once on arrival and never again in the store. There are two ways to
+read it at its number:
+
+- Any policy: the key is stored without rotation and turned at every read, the query as well. Every slot is
+  turned in every step.
+- Policies that keep few stretches of the text (with the codec `Dense`): the key is stored turned to the index
+  t of its token. Rotations enter the scores by their difference only, so a query at slot p meets the key of
+  slot j as if both were compact when it is itself turned to p + (t - j). Inside a stretch t - j is
+  one number: the query is turned once for each stretch (twice for sinks and a window), and no key at all.
 """
 
 from __future__ import annotations
@@ -31,6 +37,8 @@ class Rope:
     >>> k, at = torch.ones(1, 2, 3, 8), torch.tensor([[7, 8, 9]])
     >>> torch.allclose(rope.turn(rope.back(k, at), at), k, atol=1e-6)
     True
+    >>> torch.allclose(rope.shift(rope.shift(k, 4), -4), k, atol=1e-6)
+    True
     """
 
     def __init__(self, bb: Backbone) -> None:
@@ -42,36 +50,74 @@ class Rope:
         self.inv_freq = bb.inv_freq
         self.scale: float = bb.model.model.rotary_emb.attention_scaling
         self.table: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0, 1, 2, ...
+        # The layers of a model ask one after another for the same angles.
+        self.model_angles: tuple[LongTensor, Tensor, Tensor] | None = None
+        self.from_model: tuple[LongTensor, int, Tensor, Tensor] | None = None
+        self.shifts: dict[int, tuple[Tensor, Tensor]] = {}
 
+    # --- keys stored without rotation -----------------------------------------------------------------------
     def back(self, t: Tensor, pos: LongTensor) -> Tensor:
         """Undo the model's rotation of t [B, N, T, D] to pos [1|B, T]."""
-        cos, sin = self._angles(pos[:, None])
-        return ((t * cos - _half_turn(t) * sin) / self.scale**2).to(t.dtype)
+        if self.model_angles is None or self.model_angles[0] is not pos:
+            self.model_angles = pos, *_cos_sin(-self._angle(pos[:, None]), 1 / self.scale)
+        return _turn(t, *self.model_angles[1:])
 
     def turn(self, t: Tensor, pos: LongTensor) -> Tensor:
         """Rotate t [B, N, T, D] to pos [T] or [B, 1|N, T]."""
-        return self._turn(t, *self._angles(pos if pos.ndim != 2 else pos[:, None]))
+        return _turn(t, *_cos_sin(self._angle(pos if pos.ndim != 2 else pos[:, None]), self.scale))
 
     def turn_first(self, t: Tensor, start: int = 0) -> Tensor:
         """Rotate t [B, N, T, D] to start, start + 1, ..., from a table that is computed once."""
         stop = start + t.shape[2]
         if self.table is None or len(self.table[0]) < stop or self.table[0].device != t.device:
             # Half as much again: a growing cache asks for one more position at every step.
-            self.table = self._angles(torch.arange(stop + stop // 2 + 64, device=t.device))
-        return self._turn(t, *(table[start:stop] for table in self.table))
+            first = torch.arange(stop + stop // 2 + 64, device=t.device)
+            self.table = _cos_sin(self._angle(first), self.scale)
+        return _turn(t, *(table[start:stop] for table in self.table))
 
-    def _angles(self, pos: LongTensor) -> tuple[Tensor, Tensor]:
-        angle = pos[..., None].float() * self.inv_freq.float().to(pos.device)
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos() * self.scale, angle.sin() * self.scale
+    def _angle(self, pos: LongTensor) -> Tensor:
+        return pos[..., None].float() * self.inv_freq.float().to(pos.device)  # as the model computes it
 
-    @staticmethod
-    def _turn(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = t.shape[-1] // 2
-        (a, b), c, s = t.split(half, -1), cos[..., :half], sin[..., :half]
-        return torch.cat((torch.addcmul(a * c, b, s, value=-1), torch.addcmul(b * c, a, s)), -1).to(t.dtype)
+    # --- keys stored turned to their index in the text ------------------------------------------------------
+    def to_index(self, t: Tensor, pos: LongTensor, start: int) -> Tensor:
+        """Turn t [B, N, T, D] from the model's positions pos [1|B, T] to start, start + 1, ...
+
+        Mostly these are the same numbers, and what changes is the rounding: the model multiplies in float32,
+        which at position 10^5 is off by 0.004 radian.
+        """
+        known = self.from_model
+        if known is None or known[0] is not pos or known[1] != start:
+            index = torch.arange(start, start + pos.shape[-1], device=pos.device)
+            angle = (index[:, None] * self._frequencies(pos) - self._angle(pos[:, None]).double()).float()
+            self.from_model = known = pos, start, *_cos_sin(angle)
+        return _turn(t, *known[2:])
+
+    def shift(self, t: Tensor, steps: int | LongTensor) -> Tensor:
+        """Turn t [B, N, T, D] on by `steps` positions, one number or [B, N, T]."""
+        if isinstance(steps, Tensor):
+            return _turn(t, *_cos_sin((steps[..., None] * self._frequencies(steps)).float()))
+        if steps == 0:
+            return t
+        if steps not in self.shifts:
+            if len(self.shifts) > 64:  # those of earlier steps
+                self.shifts.clear()
+            self.shifts[steps] = _cos_sin((steps * self._frequencies(t)).float())
+        return _turn(t, *self.shifts[steps])
+
+    def _frequencies(self, like: Tensor) -> Tensor:
+        return self.inv_freq.to(like.device, torch.float32).double()
 
 
-def _half_turn(t: Tensor) -> Tensor:
-    a, b = t.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+def _cos_sin(angle: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos [..., D], both halves, and sin [..., D/2] of angles [..., D/2]."""
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    return torch.cat((cos, cos), -1), sin
+
+
+def _turn(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (j, j + D/2) of t [..., D]."""
+    half, wide = t.shape[-1] // 2, t.float()
+    out = wide * cos
+    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(wide[..., :half], sin)
+    return out.to(t.dtype)

@@ -7,10 +7,15 @@ keeps, then what the second keeps, and so on, so that a head that keeps less als
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import torch
 from torch import LongTensor, Tensor
 
-__all__ = ["Padding", "Selection", "best"]
+__all__ = ["Padding", "Selection", "Stretches", "best"]
+
+CONTIGUOUS = torch.contiguous_format
 
 
 class Selection:
@@ -18,15 +23,19 @@ class Selection:
 
     Parameters
     - keep: True at the slots that stay, bool [S] (the same for all heads) or [B, G, S]; or their indices in
-      ascending order, long [n] or [B, G, n].
+      ascending order, long [n] or [B, G, n]; or, the same for all heads, the stretches that stay, a list of
+      slices in ascending order (nothing then waits for the device).
     - shape: (B, G, S).
     - ok: [B, G, S], False at slots that hold nothing (padding), which never stay; None if all are filled.
 
-    Attributes: counts, slots kept, an int or, ragged, [B, G]; shared, whether all heads keep the same slots.
+    Attributes: counts, slots kept, an int or, ragged, [B, G]; shared, whether all heads keep the same slots;
+    rows, indices of what stays into a tensor flattened to [B · G · S, ...]; slices, those given, or None.
     Raises ValueError for a `keep` of another type or shape, and for one that keeps nothing at all.
 
     >>> keys = torch.arange(4.).view(1, 2, 2, 1)  # B = 1, G = 2, S = 2, D = 1
     >>> Selection(torch.tensor([False, True]), (1, 2, 2)).apply(keys).flatten().tolist()
+    [1.0, 3.0]
+    >>> Selection([slice(1, 2)], (1, 2, 2)).apply(keys).flatten().tolist()
     [1.0, 3.0]
     >>> ragged = Selection(torch.tensor([[[True, True], [False, True]]]), (1, 2, 2))
     >>> ragged.counts.tolist(), ragged.apply(keys).flatten().tolist()
@@ -35,18 +44,20 @@ class Selection:
 
     counts: int | LongTensor
 
-    def __init__(self, keep: Tensor, shape: tuple[int, int, int], ok: Tensor | None = None) -> None:
-        B, G, S = self.shape = shape
+    def __init__(
+        self, keep: Tensor | list[slice], shape: tuple[int, int, int], ok: Tensor | None = None
+    ) -> None:
+        self.shape = shape
         _check(keep, shape)
         if ok is not None:
-            keep = as_mask(keep, shape) & ok
-        self.shared = keep.ndim == 1
-        if keep.ndim == 1:
+            keep = as_mask(keep, shape, ok.device) & ok
+        self.slices = keep if isinstance(keep, list) else None
+        self.shared = self.slices is not None or keep.ndim == 1
+        if self.slices is not None:
+            self.counts = sum(part.stop - part.start for part in keep)
+        elif keep.ndim == 1:
             self.index = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
             self.counts = len(self.index)
-            # Gathering rows of a flat tensor is far faster than selecting along an inner dimension.
-            first = torch.arange(0, B * G * S, S, device=keep.device)
-            self.rows = (self.index + first[:, None]).flatten()
         elif keep.dtype == torch.bool:
             self.rows = keep.flatten().nonzero().flatten()
             counts = keep.sum(-1)
@@ -55,9 +66,22 @@ class Selection:
             least, most = (int(c) for c in counts.aminmax())
             self.counts = most if least == most else counts
         else:
+            B, G, S = shape
             first = torch.arange(0, B * G * S, S, device=keep.device)
             self.rows = (keep.reshape(B * G, -1) + first[:, None]).flatten()
             self.counts = keep.shape[-1]
+
+    @cached_property
+    def index(self) -> LongTensor:
+        """Indices [n] of what stays, if all heads keep the same slots."""
+        return torch.cat([torch.arange(part.start, part.stop) for part in self.slices])
+
+    @cached_property
+    def rows(self) -> LongTensor:
+        # Gathering rows of a flat tensor is far faster than selecting along an inner dimension.
+        B, G, S = self.shape
+        first = torch.arange(0, B * G * S, S, device=self.index.device)
+        return (self.index + first[:, None]).flatten()
 
     @property
     def ragged(self) -> bool:
@@ -65,7 +89,16 @@ class Selection:
         return isinstance(self.counts, Tensor)
 
     def apply(self, t: Tensor) -> Tensor:
-        """Gather [B, G, S, ...] into a fresh contiguous tensor, [B, G, n, ...] or, ragged, [N, ...]."""
+        """Gather [B, G, S, ...] into a fresh contiguous tensor, [B, G, n, ...] or, ragged, [N, ...].
+
+        Where all heads keep the same slots, also [S] into [n].
+        """
+        dim = 2 if t.ndim > 1 else 0
+        if self.slices is not None:
+            parts = [t.narrow(dim, part.start, part.stop - part.start) for part in self.slices]
+            return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=CONTIGUOUS)
+        if t.ndim == 1:
+            return t.index_select(0, self.index)
         kept = t.flatten(0, 2).index_select(0, self.rows)
         return kept if self.ragged else kept.view(*self.shape[:2], self.counts, *t.shape[3:])
 
@@ -94,6 +127,51 @@ class Padding:
         return flat.index_select(0, self.index.flatten()).view(*self.index.shape, *flat.shape[1:])
 
 
+class Stretches:
+    """Which stretches of the text the slots of a layer are, counted on the host.
+
+    Iterating gives, in order, (position - slot, which is one number inside a stretch, slice of its slots).
+
+    >>> held = Stretches()
+    >>> held.append(seen=0, T=10)
+    >>> held.keep(Selection([slice(0, 2), slice(6, 10)], (1, 1, 10)))
+    >>> held.append(seen=10, T=1)
+    >>> list(held)
+    [(0, slice(0, 2, None)), (4, slice(2, 7, None))]
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []  # [position - slot, first slot, behind the last slot]
+        self.known = True  # until something but slices says what stays
+
+    def append(self, seen: int, T: int) -> None:
+        """T new tokens, after `seen` others, behind the last slot."""
+        stop = self.parts[-1][2] if self.parts else 0
+        self._add(seen - stop, stop, stop + T)
+
+    def keep(self, selection: Selection) -> None:
+        """Follow an eviction."""
+        if selection.slices is None:
+            self.known = False
+            return
+        old, self.parts, stop = self.parts, [], 0
+        for kept in selection.slices:
+            for shift, first, last in old:
+                first, last = max(first, kept.start), min(last, kept.stop)
+                if first < last:
+                    self._add(shift + first - stop, stop, stop + last - first)
+                    stop += last - first
+
+    def _add(self, shift: int, first: int, stop: int) -> None:
+        if self.parts and self.parts[-1][0] == shift:
+            self.parts[-1][2] = stop
+        else:
+            self.parts.append([shift, first, stop])
+
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        return ((shift, slice(first, stop)) for shift, first, stop in self.parts)
+
+
 def best(score: Tensor, n: int) -> LongTensor:
     """Return the indices [..., n] of the n largest scores [..., S], in ascending order of index.
 
@@ -110,19 +188,33 @@ def best(score: Tensor, n: int) -> LongTensor:
     return score.topk(n, sorted=False).indices.sort().values
 
 
-def as_mask(keep: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The selection as a bool mask [B, G, S]."""
+def as_mask(
+    keep: Tensor | list[slice], shape: tuple[int, int, int], device: torch.device | None = None
+) -> Tensor:
+    """The selection as a bool mask [B, G, S]; `device` is needed for slices, which have none."""
+    if isinstance(keep, list):
+        mask = torch.zeros(shape[2], dtype=torch.bool, device=device)
+        for part in keep:
+            mask[part] = True
+        return mask.expand(shape)
     if keep.dtype == torch.bool:
         return keep.expand(shape)
     mask = torch.zeros(shape, dtype=torch.bool, device=keep.device)
     return mask.scatter(-1, keep.expand(*shape[:2], -1), True)
 
 
-def _check(keep: Tensor, shape: tuple[int, int, int]) -> None:
+def _check(keep: Tensor | list[slice], shape: tuple[int, int, int]) -> None:
     B, G, S = shape
+    if isinstance(keep, list):
+        ends = [end for part in keep for end in (part.start, part.stop)]
+        if not keep or any(part.start >= part.stop for part in keep) or ends != sorted(ends):
+            raise ValueError(f"keep: {keep}; allowed: slices in ascending order, none of them empty")
+        if ends[0] < 0 or ends[-1] > S:
+            raise ValueError(f"keep: slots {ends[0]}..{ends[-1] - 1}, but the layer has {S}")
+        return
     if not isinstance(keep, Tensor) or keep.dtype not in (torch.bool, torch.long):
         got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-        raise ValueError(f"keep: expected a mask (bool) or indices (long), got {got}")
+        raise ValueError(f"keep: expected a mask (bool), indices (long) or a list of slices, got {got}")
     fits = keep.shape[:-1] in ((), (B, G)) and (keep.dtype == torch.long or keep.shape[-1] == S)
     if not fits or keep.ndim == 0:
         raise ValueError(

@@ -23,7 +23,9 @@ class View:
     - shape: (B, G, S); layer, n_layers: index of the layer, number of layers.
     - prefill: whether the T tokens are the prompt; seen: tokens seen so far, these included.
     - slot: state [B, G, S] of each slot by name, which `observe` may change in place.
+    - notes: tensors [B, ...] by name that the policy may put here to find them after the next forward.
     - x: input [B, T, d] of the layer, if the policy needs "hidden"; else None.
+    - ids: the new tokens [B, T], if the policy needs "ids"; else None.
     - attention: queries, keys as read, and masks of this forward.
 
     >>> at = torch.arange(3)
@@ -38,12 +40,15 @@ class View:
         self, attention: Attention, *, read: Callable[[], tuple[Tensor, Tensor]], pos: LongTensor,
         shape: tuple[int, int, int], layer: int, n_layers: int, prefill: bool, seen: int,
         ok: Tensor | None = None, slot: dict[str, Tensor] | None = None, x: Tensor | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, sums: Tensor | None = None, notes: dict[str, Tensor] | None = None,
+        ids: LongTensor | None = None,
     ) -> None:  # fmt: skip
         self.attention, self.layer, self.n_layers = attention, layer, n_layers
-        self.prefill, self.seen, self.x = prefill, seen, x
+        self.prefill, self.seen, self.x, self.ids = prefill, seen, x, ids
         self.shape, self.slot = shape, slot or {}
-        self._read, self._pos, self._ok, self._weights = read, pos, ok, weights
+        self.notes = {} if notes is None else notes
+        self._read, self._pos, self._ok = read, pos, ok
+        self._weights, self._sums = weights, sums
         self.device = attention.q.device
 
     @property
@@ -106,8 +111,14 @@ class View:
         """Softmax weights [B, G, R, T, S]; for a long prompt prefer `attn_sum` and `attn_lastw`."""
         return self.attention.weights() if self._weights is None else self._weights
 
+    def attn_rows(self, part: slice) -> Tensor:
+        """Weights [B, G, R, t, S] of the new queries `part`."""
+        return self.attention.weights(part) if self._weights is None else self._weights[:, :, :, part]
+
     def attn_sum(self) -> Tensor:
-        """Weights summed over the new queries, float32 [B, G, R, S], in blocks of queries."""
+        """Weights summed over the new queries, float32 [B, G, R, S]; never more than a block of queries."""
+        if self._sums is not None:
+            return self._sums
         if self._weights is not None:
             return self._weights.sum(3, dtype=torch.float32)
         return sum(self.attention.weights(p).sum(3, dtype=torch.float32) for p in self.attention.blocks())
@@ -116,5 +127,4 @@ class View:
         """Weights [B, G, R, min(w, T), S] of the last w queries; ValueError unless w >= 1."""
         if w < 1:
             raise ValueError(f"w: {w}; allowed: 1 and more, a number of queries")
-        last = slice(max(0, self.T - w), None)
-        return self.attention.weights(last) if self._weights is None else self._weights[:, :, :, last]
+        return self.attn_rows(slice(max(0, self.T - w), None))

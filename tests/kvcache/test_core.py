@@ -369,8 +369,8 @@ def test_a_reader_reads_what_it_selects(llama):
         def select(self, q):
             return torch.arange(self.n).expand(*q.shape[:2], -1)
 
-        def build(self, k, v):
-            self.n = k.shape[2]  # the prompt only: new tokens are not read
+        def build(self, codec, q, ok):
+            self.n = codec.k.shape[2]  # the prompt only: new tokens are not read
 
     ids = random_ids(1, 12)
     cache = KVCache(llama, reader=Everything())

@@ -1,0 +1,170 @@
+"""Decoding speed of the cache, as ratios: `make bench` writes data/results/kvcache/bench.json.
+
+llama-mini's geometry (weights do not matter for speed), one thread, CPU seconds of this process. Everything
+that is compared decodes in turns, `STEPS` tokens a turn, `RUNS` turns; stored are all times, the medians of
+a token, and ratios with the interval over the turns. Required (issue of the chapter, DECISIONS 34):
+
+- `Full` decodes at least 0.95 times as fast as transformers' DynamicCache with eager attention;
+- at a quarter of 4 096 tokens every policy that only selects decodes faster than `Full`, at batch 1 and 8;
+  what merges, compresses or reads in parts is reported with its ratio;
+- a token of StreamingLLM and of H2O costs at most 1.10 times as much after 64 000 tokens as after 1 000.
+  (Here the cache is told that it has seen so many: `Seen`. The stored streams go the whole way.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from refimpl.evaluate import bootstrap
+from refimpl.kvcache import KVCache, release
+from refimpl.kvcache.catalogue import MERGE, METHODS, READ, STORE, build
+from refimpl.kvcache.recipes import Setting
+from refimpl.models import new
+from refimpl.results import store
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL, CONTEXT, RUNS, STEPS = "llama-mini", 4096, 7, 8
+REQUIRED = {"full": 0.95, "selecting": 1.0, "flat": 1.10}
+
+
+class Racer:
+    """One cache, filled with a prompt, and the times of its turns."""
+
+    def __init__(self, model: nn.Module, cache: Any, ids: torch.Tensor) -> None:
+        self.model, self.cache, self.times = model, cache, []
+        self.ours = isinstance(cache, KVCache)
+        self._attention()
+        with torch.no_grad():
+            self.token = self._step(ids)
+
+    def _attention(self) -> None:
+        release(self.model)
+        self.model.set_attn_implementation("refimpl_kv" if self.ours else "eager")
+
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def turn(self, steps: int) -> float:
+        """CPU seconds of a token, over some of them."""
+        self._attention()
+        start = time.process_time()
+        for _ in range(steps):
+            self.token = self._step(self.token)
+        self.times.append((time.process_time() - start) / steps)
+        return self.times[-1]
+
+
+def race(racers: dict[str, Racer], runs: int, steps: int) -> dict[str, list[float]]:
+    """Turns in rotation; the first one of each warms up."""
+    for racer in racers.values():
+        racer.turn(2)
+        racer.times.clear()
+    for _ in range(runs):
+        for racer in racers.values():
+            racer.turn(steps)
+    return {name: racer.times for name, racer in racers.items()}
+
+
+def ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
+    """How many times as fast, with its interval over the turns."""
+    found = bootstrap(
+        [math.log(a / b) for a, b in zip(slower, faster, strict=True)], rng=np.random.default_rng(0)
+    )
+    return {"ratio": statistics.median(slower) / statistics.median(faster),
+            "lo": math.exp(found.lo), "hi": math.exp(found.hi)}  # fmt: skip
+
+
+def at_a_quarter(model: nn.Module, batch: int, context: int, runs: int, steps: int, names: list[str]) -> dict:
+    """Every method at a quarter of the context against `Full`, and `Full` against DynamicCache."""
+    from transformers import DynamicCache
+
+    ids = torch.randint(300, 4096, (batch, context), generator=torch.Generator().manual_seed(0))
+    racers = {
+        "dynamic": Racer(model, DynamicCache(), ids),
+        "full": Racer(model, build("full", Setting(model, context, 1.0)), ids),
+    }
+    for name in names:
+        racers[name] = Racer(model, build(name, Setting(model, context, 0.25)), ids)
+    times = race(racers, runs, steps)
+    rows = {}
+    for name, seconds in times.items():
+        against = "dynamic" if name == "full" else "full"
+        rows[name] = ratio(times[against], seconds) | {
+            "ms": 1e3 * statistics.median(seconds),
+            "against": against,
+            "seconds": [round(t, 6) for t in seconds],
+        }
+        if name in METHODS:
+            rows[name]["axis"] = METHODS[name].axis
+        got = f"{rows[name]['ratio']:6.3f}x {against} [{rows[name]['lo']:.3f}, {rows[name]['hi']:.3f}]"
+        print(f"batch {batch} {name:22} {rows[name]['ms']:8.2f} ms {got}", flush=True)
+    return rows
+
+
+def flat(model: nn.Module, name: str, slots: int, runs: int, steps: int, late: int) -> dict[str, Any]:
+    """A token's cost after 1 000 and after `late` tokens, alternately."""
+    ids = torch.randint(300, 4096, (1, 1000), generator=torch.Generator().manual_seed(0))
+    racers = {}
+    for label, skipped in (("early", 0), ("late", late - 1000)):
+        racers[label] = Racer(model, build(name, Setting(model, slots, 1.0)), ids)
+        for layer in racers[label].cache.layers:
+            layer.seen += skipped  # later tokens get later positions; what is held does not change
+    times = race(racers, runs, steps)
+    row = {"method": name, **ratio(times["late"], times["early"]),
+           "ms": {label: 1e3 * statistics.median(seconds) for label, seconds in times.items()}}  # fmt: skip
+    print(f"{name:22} {late} against 1000 tokens: {row['ratio']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]")
+    return row
+
+
+def main() -> int:
+    """Measure everything; 1 if something is slower than required."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small context, nothing stored")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = new(MODEL)
+    names = [n for n, row in METHODS.items() if row.recipe and not row.trained and 0.25 in row.budgets]
+    context, runs, steps = (256, 2, 2) if args.quick else (CONTEXT, RUNS, STEPS)
+    quarter = {}
+    for batch in (1,) if args.quick else (1, 8):
+        quarter[batch] = at_a_quarter(model, batch, context, runs, steps, names)
+    flats = [flat(model, name, 256, runs, steps, 64_000) for name in ("streaming_llm", "h2o")]
+    slow = []
+    for batch, rows in quarter.items():
+        for name, row in rows.items():
+            selects = name in METHODS and METHODS[name].axis not in (MERGE, READ, STORE) and name != "full"
+            least = REQUIRED["full"] if name == "full" else REQUIRED["selecting"] if selects else 0.0
+            row["required"] = least
+            if row["hi"] < least:
+                slow.append(f"batch {batch}: {name}")
+    slow += [f"flat: {row['method']}" for row in flats if row["lo"] > REQUIRED["flat"]]
+    print("\n".join(f"slower than required: {what}" for what in slow))
+    if args.quick:
+        return 0
+    one = quarter[1]
+    store(
+        ROOT / "data" / "results" / "kvcache" / "bench.json", command="make bench", root=ROOT,
+        summary=f"decoding: Full {one['full']['ratio']:.2f} x DynamicCache; at a quarter of {CONTEXT} tokens "
+        f"StreamingLLM {one['streaming_llm']['ratio']:.2f}, H2O {one['h2o']['ratio']:.2f} x Full",
+        sources=["data/kvcache_bench.py"]
+        + [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "refimpl" / "kvcache").glob("*.py"))],
+        threads=torch.get_num_threads(), model=MODEL, context=CONTEXT, required=REQUIRED,
+        quarter=quarter, flat=flats, slower_than_required=slow,
+    )  # fmt: skip
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

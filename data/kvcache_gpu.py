@@ -1,0 +1,286 @@
+"""Decoding on a GPU with a LLaMA of 7 billion random weights: tokens per second, and bytes.
+
+    python data/kvcache_gpu.py --out DIR --limit-s 200     measure what DIR lacks
+    python data/kvcache_gpu.py --join DIR                  make data/results/kvcache/gpu.json of it
+
+One process and one model (LLaMA-7B's geometry, bfloat16, weights drawn on the device: they do not matter for
+speed). A configuration is a method and a context length n. Conventions:
+
+- the prompt is random tokens, fed in chunks inside `cache.prefill()`, so that a method sees the whole of it;
+  `held_peak` is the most that was allocated meanwhile above the model's weights.
+- *tokens/s*: after 4 steps to warm up, steps of one token, timed one by one with the device waited for, until
+  `STEPS` of them or `SECONDS`; stored are all times, and batch / median.
+- *bytes*: what the cache holds after the prompt, and what the attention of the last step read.
+- `full` is this package's full cache, `dynamic` transformers' own with the attention `sdpa`: both baselines.
+- Budgets are those of the papers where these name one: `METHODS`. An error is a configuration's result, and
+  the next one starts from an emptied device.
+
+Every result is a file of its own, written at once; a run that is cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from refimpl.kvcache import Full, KVCache, StreamingLLM, release
+from refimpl.kvcache.h2o import H2O
+from refimpl.kvcache.kivi import KIVI
+from refimpl.kvcache.minikv import minikv
+from refimpl.kvcache.quest import Quest
+from refimpl.kvcache.readers import ReadAll
+from refimpl.kvcache.snapkv import SnapKV
+from refimpl.paths import atomic_write
+from refimpl.results import cpu, sha256, store
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "data" / "results" / "kvcache" / "gpu.json"
+SOURCES = ["data/kvcache_gpu.py"] + [
+    f"refimpl/kvcache/{name}.py"
+    for name in ("attention", "cache", "codecs", "flash", "h2o", "kivi", "layer", "minikv", "policies",
+                 "quest", "readers", "rope", "slots", "snapkv", "view")
+]  # fmt: skip
+LLAMA_7B = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 40960,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+CONTEXTS, TINY_CONTEXTS = (4096, 8192, 16384, 32768), (256, 512)
+# 16 k first: it is the length of SnapKV's claim; the longest last.
+ORDER = (16384, 4096, 32768, 8192)
+STEPS, SECONDS, CHUNK = 32, 3.0, 1024
+
+
+def _dynamic(model: nn.Module, n: int) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _layers(model: nn.Module) -> int:
+    return model.config.num_hidden_layers
+
+
+# H2O: a tenth of the prompt each for heavy and recent; SnapKV: 1024; StreamingLLM: 4 + 2044; Quest: 1024
+# read; MiniKV: half the prompt at 2 bits.
+METHODS: dict[str, Callable[[nn.Module, int], Any]] = {
+    "full": lambda model, n: KVCache(model, Full()),
+    "dynamic": _dynamic,
+    "streaming_llm": lambda model, n: KVCache(model, StreamingLLM(min(2044, n // 2), sink=4)),
+    "snapkv": lambda model, n: KVCache(model, SnapKV(min(1024, n // 4), window=32)),
+    "h2o": lambda model, n: KVCache(model, H2O(n // 10, n // 10)),
+    "kivi": lambda model, n: KVCache(model, codec=KIVI(2, group=32, residual=128)),
+    "minikv": lambda model, n: minikv(model, 0.25, 0.25),
+    "quest": lambda model, n: KVCache(
+        model, reader=[ReadAll()] * 2 + [Quest(min(1024, n // 4))] * (_layers(model) - 2)
+    ),
+}
+
+
+def build(fields: dict[str, Any], device: str, dtype: torch.dtype) -> nn.Module:
+    """A LLaMA with random weights, drawn on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="sdpa")).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def measure(model: nn.Module, method: str, n: int, batch: int, device: str, steps: int) -> dict[str, Any]:
+    """One configuration."""
+    release(model)  # `dynamic` runs with the model's own attention, the others install theirs
+    cuda = device == "cuda"
+    ids = torch.randint(0, model.config.vocab_size, (batch, n), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device)
+    cache = METHODS[method](model, n)
+    ours = isinstance(cache, KVCache)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated() if cuda else 0
+    start = time.perf_counter()
+    feed = lambda part: model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    if ours:
+        with cache.prefill():
+            for part in ids.split(CHUNK, 1):
+                logits = feed(part)
+    else:
+        for part in ids.split(CHUNK, 1):
+            logits = feed(part)
+    wait(device)
+    row: dict[str, Any] = {"prefill_s": time.perf_counter() - start}
+    if cuda:
+        row["held_peak"] = torch.cuda.max_memory_allocated() - base
+        row["allocated_after_prompt"] = torch.cuda.memory_allocated() - base
+    row["held"] = cache.nbytes() if ours else {"payload": _held(cache)}
+    token = logits[:, -1:].argmax(-1)
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < steps + 4 and (len(times) < 8 or time.perf_counter() - began < SECONDS):
+        wait(device)
+        start = time.perf_counter()
+        token = feed(token)[:, -1:].argmax(-1)
+        wait(device)
+        times.append(time.perf_counter() - start)
+    row["seconds"] = [round(t, 6) for t in times[4:]]
+    row["tokens_per_s"] = batch / statistics.median(times[4:])
+    row["held_after"] = cache.nbytes() if ours else {"payload": _held(cache)}
+    row["read"] = cache.read_bytes() if ours else {"payload": _held(cache)}
+    if cuda:
+        row["decode_peak"] = torch.cuda.max_memory_allocated() - base
+    return row
+
+
+def _held(cache: Any) -> int:
+    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def attempt(name: str, task: Callable[[], dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """A result, or the error as a result; one line of the table either way."""
+    start = time.perf_counter()
+    row = about | {"name": name, "date": time.strftime("%Y-%m-%d"), "error": None}
+    try:
+        row |= task()
+        held = sum(row["held"].values())
+        shown = f"{row['tokens_per_s']:9.1f} tokens/s {held / 1e9:9.3f} GB held"
+    except Exception as error:  # out of memory at 32 k must not cost the other results
+        row["error"] = traceback.format_exc(limit=-6)
+        shown = f"failed: {type(error).__name__}: {str(error)[:100]}"
+    row["wall_seconds"] = round(time.perf_counter() - start, 2)
+    print(f"{name:26} {shown} {row['wall_seconds']:7.1f} s", flush=True)
+    return row
+
+
+def finished(path: Path, sources: dict[str, str]) -> bool:
+    """Whether a result is there, without error, of these sources."""
+    if not path.is_file():
+        return False
+    row = json.loads(path.read_text())
+    return row["error"] is None and row["sources"] == sources
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what the folder lacks; 1 if something failed or was left out."""
+    start, out = time.perf_counter(), Path(args.out)
+    device = args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: --tiny --device cpu runs the same path on a CPU")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    fields = TINY if args.tiny else LLAMA_7B
+    contexts = TINY_CONTEXTS if args.tiny else ORDER
+    names = [f"{method}-{n}" for n in contexts for method in METHODS]
+    if unknown := set(args.only or ()) - set(names):
+        raise SystemExit(f"--only: unknown {sorted(unknown)[0]!r}; known: {', '.join(names)}")
+    names = [name for name in names if not args.only or name in args.only]
+    sources = {source: sha256(ROOT / source) for source in SOURCES}
+    todo = [name for name in names if not finished(out / f"{name}.json", sources)]
+    hardware = torch.cuda.get_device_name() if device == "cuda" else cpu()
+    versions = {package: metadata.version(package) for package in ("torch", "transformers")}
+    dtype = torch.float32 if args.tiny else torch.bfloat16
+    model = build(fields, device, dtype) if todo else None
+    for name in todo:
+        if time.perf_counter() - start > args.limit_s:
+            print(f"{name:26} left out: the limit of {args.limit_s:.0f} s is over", flush=True)
+            continue
+        method, n = name.rsplit("-", 1)
+        steps = 4 if args.tiny else STEPS
+        about = {
+            "method": method, "n": int(n), "batch": args.batch, "model": fields, "dtype": str(dtype),
+            "tiny": args.tiny, "device": device, "hardware": hardware, "sources": sources,
+            "versions": {"python": sys.version.split()[0], **versions},
+        }  # fmt: skip
+        task = lambda method=method, n=n, steps=steps: measure(
+            model, method, int(n), args.batch, device, steps
+        )
+        row = attempt(name, task, about)
+        atomic_write(out / f"{name}.json", (json.dumps(row, indent=1) + "\n").encode())
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    missing = [name for name in names if not finished(out / f"{name}.json", sources)]
+    print(f"{len(names) - len(missing)} of {len(names)} in {time.perf_counter() - start:.0f} s")
+    return 1 if missing else 0
+
+
+def join(folder: Path, to: Path) -> int:
+    """One file of all results; ValueError where they come from other sources or several machines."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not rows:
+        raise ValueError(f"{folder}: no results")
+    current = {source: sha256(ROOT / source) for source in SOURCES}
+    if old := [row["name"] for row in rows if row["sources"] != current]:
+        raise ValueError(f"{', '.join(old)}: made from other sources than these; measure again")
+    shared = {}
+    for key in ("versions", "hardware", "model", "dtype"):
+        found = {json.dumps(row[key]) for row in rows}
+        if len(found) > 1:
+            raise ValueError(f"results of several {key}: {', '.join(sorted(found))}")
+        shared[key] = rows[0][key]
+    runs = {row["name"]: {k: v for k, v in row.items() if k not in (*shared, "sources")} for row in rows}
+    good = {name: row for name, row in runs.items() if row["error"] is None}
+    for row in good.values():
+        if full := good.get(f"full-{row['n']}"):
+            row["times_full_speed"] = row["tokens_per_s"] / full["tokens_per_s"]
+            row["share_of_full_bytes"] = sum(row["held"].values()) / sum(full["held"].values())
+    best = max(good.values(), key=lambda row: row.get("times_full_speed", 0), default=None)
+    fastest = (
+        "" if best is None else f"; fastest {best['name']}, {best.get('times_full_speed', 1):.2f} x full"
+    )
+    result = store(
+        to,
+        command="python data/kvcache_gpu.py --out DIR; python data/kvcache_gpu.py --join DIR",
+        summary=f"decoding with a 7 B model: {len(good)} of {len(runs)} configurations measured{fastest}",
+        root=ROOT, sources=SOURCES, hardware=shared["hardware"],
+        model=shared["model"], dtype=shared["dtype"], runs=runs,
+    )  # fmt: skip
+    # Joining may happen on another machine and day than measuring.
+    result |= {"versions": shared["versions"], "date": max(row["date"] for row in rows)}
+    atomic_write(to, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"{to}: {result['summary']}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", metavar="DIR", help="measure; one JSON file per result goes here")
+    parser.add_argument("--only", nargs="+", metavar="METHOD-N", help="these configurations")
+    parser.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="a toy model and short prompts")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--limit-s", type=float, default=3600, help="start no configuration after this")
+    parser.add_argument("--join", metavar="DIR", help="make one file of the results in this folder")
+    parser.add_argument("--to", default=str(RESULT), metavar="FILE", help="which file (default: %(default)s)")
+    args = parser.parse_args()
+    if bool(args.out) == bool(args.join):
+        parser.error("give either --out DIR or --join DIR")
+    return run(args) if args.out else join(Path(args.join), Path(args.to))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""The grid of chapter 5: methods x budgets x metrics, and streams of 200 000 tokens, token by token.
+
+    python data/kvcache_grid.py                 measure what build/kvcache lacks, then join
+    python data/kvcache_grid.py --jobs 2        over so many processes of one thread each
+    python data/kvcache_grid.py --quick         2 documents, 2 000 tokens: to see that it runs; stores nothing
+
+A cell is a file of build/kvcache/, so an interrupted run goes on where it stopped; cells made from other
+sources are made again. `--join` alone makes data/results/kvcache/{grid,streams}.json of what is there.
+
+- *grid*: llama-mini, 32 documents of stories and 32 of pydoc's topics, 768 tokens each, the first 384 in one
+  forward (n = 384): NLL, KL and attention error of each document; 32 prompts with 8 facts, the question
+  inside the prompt and after its compression: NLL and exact match of each; bytes held, at most held, read.
+- *streams*: 200 000 tokens of stories (row 0) and of pydoc's topics (row 1, repeated where they are shorter)
+  in a cache of 256 slots: NLL, bytes and seconds for each block of 2 000 tokens. The full cache is fed until
+  8 000 tokens only, eight times the context: cost and NLL show why.
+- *cost*: 64 k tokens of random ids through a cache of 256 slots: seconds for each block of 2 000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from refimpl.evaluate import bootstrap
+from refimpl.kvcache.catalogue import METHODS, build
+from refimpl.kvcache.harness import difference, recall, reference, stream
+from refimpl.kvcache.recipes import Setting
+from refimpl.kvcache.tailorkv import layer_density
+from refimpl.kvcache.texts import documents, facts, text_of
+from refimpl.models import load, revision
+from refimpl.paths import atomic_write
+from refimpl.results import sha256, store
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, RESULTS = ROOT / "build" / "kvcache", ROOT / "data" / "results" / "kvcache"
+# The map's wording is no source of numbers, the recipes are.
+SOURCES = ["data/kvcache_grid.py", "refimpl/backbone.py"] + sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "refimpl" / "kvcache").glob("*.py")
+    if path.stem not in ("__init__", "catalogue", "dcp_training", "mla", "sizes")
+)
+MODEL, STREAM_MODEL = "llama-mini", "llama-nano"
+DOCUMENTS, LENGTH, PROMPT, BATCH = 32, 768, 384, 8
+STREAM, FULL_STREAM, BLOCK, SLOTS, COST = 200_000, 8_000, 2_000, 256, 64_000
+STREAMED = ("full", "window", "streaming_llm", "lacache", "h2o")
+
+
+def cells() -> list[tuple[str, ...]]:
+    """Names of all cells: (metric, method, budget)."""
+    names = [
+        ("grid", name, str(f)) for name, row in METHODS.items() if row.recipe and not row.trained
+        for f in row.budgets
+    ]  # fmt: skip
+    return names + [("stream", name, "") for name in STREAMED] + [("cost", n, "") for n in STREAMED]
+
+
+def punctuation(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of tokens without letter or digit (FastGen's class)."""
+    texts = ((i, tokenizer.decode([i])) for i in range(32, len(tokenizer)))
+    return tuple(i for i, text in texts if text.strip() and not any(c.isalnum() for c in text))
+
+
+def grid_cell(name: str, f: float, quick: bool) -> dict[str, Any]:
+    """One method at one budget."""
+    model, tokenizer = load(MODEL)
+    count, size = (2, 2) if quick else (DOCUMENTS, BATCH)
+    row: dict[str, Any] = {"revision": revision(MODEL)}
+    density = tuple(layer_density(model, documents(tokenizer, "stories", 2, PROMPT, seed=9)).tolist())
+
+    def make(n: int):
+        setting = Setting(model, n, f, 0, punctuation(tokenizer), density=density)
+        return build(name, setting)
+
+    for kind in ("stories", "topics"):
+        rows = documents(tokenizer, kind, count, LENGTH)
+        parts = []
+        for ids in rows.split(size):
+            against = _reference(kind, len(parts), model, ids)
+            parts.append(stream(model, make(PROMPT), ids, PROMPT, against))
+        cat = lambda what, parts=parts: torch.cat([getattr(p, what).mean(1) for p in parts]).tolist()
+        row[kind] = {
+            "nll": cat("nll"), "kl": cat("kl"), "error": cat("error"),
+            "layers": torch.cat([p.error for p in parts]).mean(0).tolist(),
+            **{what: float(np.mean([getattr(p, what) for p in parts])) / size
+               for what in ("held", "peak", "read", "moved")},
+        }  # fmt: skip
+    items = facts(tokenizer, count)
+    for question in ("inside", "after"):
+        found = recall(model, make, items, question)
+        row[f"recall_{question}"] = {
+            "nll": found.nll.tolist(), "exact": found.exact.tolist(), "held": found.held
+        }  # fmt: skip
+    return row
+
+
+_references: dict[tuple, Any] = {}
+
+
+def _reference(kind: str, part: int, model: Any, ids: torch.Tensor) -> Any:
+    """The full cache's run, once per process: 16 MB of log-probabilities a document."""
+    key = kind, part, tuple(ids.shape)
+    if key not in _references:
+        _references[key] = reference(model, ids, PROMPT)
+    return _references[key]
+
+
+@torch.no_grad()
+def blocks(name: str, ids: torch.Tensor, model: Any) -> list[dict[str, Any]]:
+    """Feed ids [B, T] token by token; NLL of each row, bytes and CPU seconds of each block."""
+    cache = build(name, Setting(model, SLOTS, 1.0))
+    found: list[dict[str, Any]] = []
+    nll, start, T = torch.zeros(ids.shape[0]), time.process_time(), ids.shape[1]
+    for t in range(T - 1):
+        logits = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+        nll += torch.nn.functional.cross_entropy(logits, ids[:, t + 1], reduction="none")
+        if (t + 1) % BLOCK == 0 or t == T - 2:
+            n = (t % BLOCK) + 1
+            seconds = time.process_time() - start
+            found.append({"tokens": t + 1, "nll": (nll / n).tolist(), "seconds": seconds / n,
+                          "held": sum(cache.nbytes().values())})  # fmt: skip
+            nll, start = torch.zeros_like(nll), time.process_time()
+    return found
+
+
+def stream_cell(name: str, quick: bool) -> dict[str, Any]:
+    model, tokenizer = load(STREAM_MODEL)
+    T = 2_001 if quick else (FULL_STREAM if name == "full" else STREAM)
+    ids = torch.stack([text_of(tokenizer, kind, T) for kind in ("stories", "topics")])
+    ids[:, 0] = tokenizer.bos_token_id
+    return {"revision": revision(STREAM_MODEL), "rows": ["stories", "topics"], "slots": SLOTS,
+            "blocks": blocks(name, ids, model)}  # fmt: skip
+
+
+def cost_cell(name: str, quick: bool) -> dict[str, Any]:
+    model, _ = load(STREAM_MODEL)
+    T = 2_001 if quick else (FULL_STREAM if name == "full" else COST)
+    ids = torch.randint(300, 4096, (1, T), generator=torch.Generator().manual_seed(0))
+    found = blocks(name, ids, model)
+    return {"slots": SLOTS, "blocks": [{k: b[k] for k in ("tokens", "seconds", "held")} for b in found]}
+
+
+def path_of(cell: tuple[str, ...]) -> Path:
+    return FOLDER / ("-".join(part.replace(".", "_") for part in cell if part) + ".json")
+
+
+def made(cell: tuple[str, ...], sources: dict[str, str]) -> bool:
+    path = path_of(cell)
+    return path.is_file() and json.loads(path.read_text())["sources"] == sources
+
+
+def work(job: tuple[tuple[str, ...], dict[str, str], bool]) -> str:
+    """One cell in this process."""
+    cell, sources, quick = job
+    torch.set_num_threads(1)
+    metric, name, f = cell
+    start = time.perf_counter()
+    tasks: dict[str, Callable[[], dict[str, Any]]] = {
+        "grid": lambda: grid_cell(name, float(f), quick),
+        "stream": lambda: stream_cell(name, quick),
+        "cost": lambda: cost_cell(name, quick),
+    }
+    row = tasks[metric]() | {"cell": cell, "sources": sources, "wall_seconds": time.perf_counter() - start}
+    if not quick:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        atomic_write(path_of(cell), json.dumps(row).encode())
+    return f"{' '.join(cell):40} {row['wall_seconds']:8.1f} s"
+
+
+def summarise(cell: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+    """Estimates over documents, and paired differences to the full cache."""
+    for kind in ("stories", "topics"):
+        part = cell[kind]
+        part["mean"] = {what: _interval(part[what]) for what in ("nll", "kl", "error")}
+        part["nll_above_full"] = _pair(part["nll"], full[kind]["nll"])
+    for question in ("recall_inside", "recall_after"):
+        cell[question]["mean"] = {what: _interval(cell[question][what]) for what in ("nll", "exact")}
+    return cell
+
+
+def _interval(values: list[float]) -> list[float]:
+    found = bootstrap(values, rng=np.random.default_rng(0))
+    return [found.value, found.lo, found.hi]
+
+
+def _pair(a: list[float], b: list[float]) -> list[float]:
+    found = difference(np.array(a), np.array(b))
+    return [found.value, found.lo, found.hi]
+
+
+def join(sources: dict[str, str]) -> int:
+    """The two stored files, of the cells that are there; 1 if some are missing."""
+    wanted = cells()
+    missing = [cell for cell in wanted if not made(cell, sources)]
+    rows = {cell: json.loads(path_of(cell).read_text()) for cell in wanted if cell not in missing}
+    for row in rows.values():
+        del row["sources"], row["cell"]
+    about = {"root": ROOT, "sources": SOURCES, "threads": 1, "missing": ["-".join(c) for c in missing]}
+    grid = {f"{c[1]}@{c[2]}": row for c, row in rows.items() if c[0] == "grid"}
+    if full := grid.get("full@1.0"):
+        for row in grid.values():
+            summarise(row, full)
+        store(
+            RESULTS / "grid.json", command="make results-kvcache", model=MODEL, cells=grid,
+            summary=f"{len(grid)} of {sum(c[0] == 'grid' for c in wanted)} cells, {DOCUMENTS} documents each",
+            setup={"documents": DOCUMENTS, "length": LENGTH, "prompt": PROMPT}, **about,
+        )  # fmt: skip
+    streams = {kind: {c[1]: row for c, row in rows.items() if c[0] == kind} for kind in ("stream", "cost")}
+    if streams["stream"]:
+        store(
+            RESULTS / "streams.json", command="make results-kvcache", model=STREAM_MODEL,
+            summary=f"{len(streams['stream'])} streams of {STREAM:,} tokens in {SLOTS} slots",
+            **streams, **about,
+        )  # fmt: skip
+    print("\n".join(f"missing: {' '.join(cell)}" for cell in missing))
+    return 1 if missing else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="cells of these methods")
+    parser.add_argument("--quick", action="store_true", help="tiny amounts, nothing stored")
+    parser.add_argument("--join", action="store_true", help="only make the stored files of what is there")
+    args = parser.parse_args()
+    sources = {source: sha256(ROOT / source) for source in SOURCES}
+    if args.join:
+        return join(sources)
+    todo = [cell for cell in cells() if args.quick or not made(cell, sources)]
+    if args.only:
+        todo = [cell for cell in todo if cell[1] in args.only]
+    todo.sort(key=lambda cell: cell[0] == "grid")  # the longest first
+    jobs = [(cell, sources, args.quick) for cell in todo]
+    if args.jobs == 1:
+        for job in jobs:
+            print(work(job), flush=True)
+    else:
+        with mp.get_context("spawn").Pool(args.jobs) as pool:
+            for line in pool.imap_unordered(work, jobs):
+                print(line, flush=True)
+    return 0 if args.quick else join(sources)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

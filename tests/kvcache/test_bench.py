@@ -1,0 +1,73 @@
+"""The scripts that measure: their small modes run; what is stored is of the sources that are here."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refimpl.models import new
+from refimpl.results import changed_sources
+
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "data" / "results" / "kvcache"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gpu_script_in_its_small_mode(tmp_path):
+    out, to = tmp_path / "out", tmp_path / "gpu.json"
+    command = [sys.executable, str(ROOT / "data" / "kvcache_gpu.py")]
+    names = ["full-256", "dynamic-256", "streaming_llm-256", "minikv-256"]
+    tiny = ["--tiny", "--device", "cpu", "--out", str(out), "--only", *names]
+    done = subprocess.run([*command, *tiny], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run([*command, "--join", str(out), "--to", str(to)], check=True, capture_output=True)
+    runs = json.loads(to.read_text())["runs"]
+    assert sorted(runs) == sorted(names) and all(row["error"] is None for row in runs.values())
+    assert runs["full-256"]["held"]["payload"] == runs["dynamic-256"]["held"]["payload"]
+    assert runs["minikv-256"]["share_of_full_bytes"] < 0.5
+    assert all(len(row["seconds"]) >= 4 for row in runs.values())
+
+
+def test_a_failure_is_a_result():
+    gpu = script("kvcache_gpu")
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    row = gpu.attempt("full-1", fails, {})
+    assert "out of memory" in row["error"]
+    assert set(gpu.METHODS) >= {"full", "streaming_llm", "h2o", "snapkv", "kivi", "minikv", "quest"}
+
+
+def test_the_race_compares_the_same_model():
+    bench, model = script("kvcache_bench"), new("llama-nano")
+    rows = bench.at_a_quarter(model, 1, 64, 1, 1, ["streaming_llm", "h2o"])
+    assert set(rows) == {"dynamic", "full", "streaming_llm", "h2o"}
+    assert rows["full"]["against"] == "dynamic" and rows["h2o"]["against"] == "full"
+    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows.values())
+
+
+def test_the_grid_names_every_method_and_stream():
+    grid = script("kvcache_grid")
+    cells = grid.cells()
+    assert len(set(cells)) == len(cells) and len({grid.path_of(cell) for cell in cells}) == len(cells)
+    assert {cell[1] for cell in cells if cell[0] == "stream"} >= {"window", "streaming_llm", "lacache", "h2o"}
+    blocks = grid.blocks("streaming_llm", __import__("torch").randint(300, 400, (2, 12)), new("llama-nano"))
+    assert blocks[-1]["tokens"] == 11 and len(blocks[-1]["nll"]) == 2
+
+
+@pytest.mark.parametrize("name", ["grid", "streams", "bench", "gpu"])
+def test_stored_results_are_of_these_sources(name):
+    file = STORED / f"{name}.json"
+    if not file.is_file():
+        pytest.skip(f"{file.name} is not there yet")
+    assert changed_sources(json.loads(file.read_text()), ROOT) == []

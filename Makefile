@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 BUNDLED = $(notdir $(patsubst %/,%,$(dir $(wildcard data/models/*/model.safetensors))))
 
 .PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat dist doctor clean
-.PHONY: results-footprint
+.PHONY: results-footprint results-kvcache kvcache-addons
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -85,6 +85,7 @@ evaluate: $(STAMP)  ## recompute every gate of the bundled models (QUICK=1: 200 
 bench: $(STAMP)  ## speed, as ratios to plain transformers and torch -> data/results
 	$(OFFLINE) $(PY) data/bench.py
 	$(OFFLINE) $(PY) data/footprint_bench.py
+	$(OFFLINE) $(PY) data/kvcache_bench.py
 
 peers: $(STAMP)  ## cross-checks against peer libraries -> data/results
 	$(PY) data/peers.py
@@ -96,6 +97,17 @@ results-footprint: $(STAMP)  ## measure chapter 1's stored results anew; GPU=1 a
 	$(OFFLINE) $(PY) data/footprint_bench.py
 	$(if $(GPU),$(OFFLINE) $(PY) data/footprint_gpu.py --out build/footprint-gpu)
 	$(if $(GPU),$(OFFLINE) $(PY) data/footprint_gpu.py --join build/footprint-gpu)
+
+# The streams take an hour, the grid hours of one core. data/kvcache_peers.py wants an environment of its own: its head.
+results-kvcache: $(STAMP)  ## measure chapter 5's stored results anew; GPU=1 adds the GPU part
+	$(OFFLINE) $(PY) data/kvcache_grid.py --jobs 2
+	$(if $(GPU),$(OFFLINE) $(PY) data/kvcache_gpu.py --out build/kvcache-gpu)
+	$(if $(GPU),$(OFFLINE) $(PY) data/kvcache_gpu.py --join build/kvcache-gpu)
+
+kvcache-addons: $(STAMP)  ## train chapter 5's add-ons and the models of its experiments (wants a GPU)
+	$(OFFLINE) $(PY) data/kvcache_adapters.py --out build/kvcache-dcp
+	$(OFFLINE) $(PY) data/kvcache_llmlingua2.py --out build/kvcache-llmlingua2 --texts 8000 --steps 2000
+	$(OFFLINE) $(PY) data/kvcache_trained_prompt.py --out build/kvcache-prompt --limit-s 600
 
 compat: $(STAMP)  ## the two ends of the supported versions -> data/results/compat.json
 	$(PY) tools/compat.py

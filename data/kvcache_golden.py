@@ -4,8 +4,8 @@ Run `python data/kvcache_golden.py` in an environment of its own, made by
 `pip install torch==2.13.0 transformers==5.2.0 kvpress==0.5.5`. It imports nothing of refimpl; the tests take
 the model, the tokens and the sizes from here.
 
-For every case: kept values of each layer, flat over heads, [N, D]; how many each head keeps, [G]; logits after
-the prompt and after each of 20 more tokens, [21, V].
+For every case: kept values of each layer, flat over heads, [N, D]; how many each head keeps, [G]; logits
+after the prompt and after each of 20 more tokens, [21, V].
 """
 
 from __future__ import annotations

@@ -2,18 +2,17 @@
 
     python data/kvcache_grid.py                 measure what build/kvcache lacks, then join
     python data/kvcache_grid.py --jobs 2        over so many processes of one thread each
-    python data/kvcache_grid.py --quick         2 documents, 2 000 tokens: to see that it runs; stores nothing
+    python data/kvcache_grid.py --quick         2 documents, 300 tokens: to see that it runs; stores nothing
 
 A cell is a file of build/kvcache/, so an interrupted run goes on where it stopped; cells made from other
 sources are made again. `--join` alone makes data/results/kvcache/{grid,streams}.json of what is there.
 
-- *grid*: llama-mini, 32 documents of stories and 32 of pydoc's topics, 768 tokens each, the first 384 in one
+- *grid*: llama-mini, 16 documents of stories and 16 of pydoc's topics, 768 tokens each, the first 384 in one
   forward (n = 384): NLL, KL and attention error of each document; 32 prompts with 8 facts, the question
   inside the prompt and after its compression: NLL and exact match of each; bytes held, at most held, read.
-- *streams*: 200 000 tokens of stories (row 0) and of pydoc's topics (row 1, repeated where they are shorter)
-  in a cache of 256 slots: NLL, bytes and seconds for each block of 2 000 tokens. The full cache is fed until
-  8 000 tokens only, eight times the context: cost and NLL show why.
-- *cost*: 64 k tokens of random ids through a cache of 256 slots: seconds for each block of 2 000.
+- *streams*: up to 200 000 tokens of stories (row 0) and of pydoc's topics (row 1, repeated where they are
+  shorter) in a cache of 256 slots: NLL, bytes and CPU seconds for each block of 2 000 tokens. `STREAMED` says
+  how far each method is fed; the full cache eight times the context: cost and NLL show why no further.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ import torch
 
 from refimpl.evaluate import bootstrap
 from refimpl.kvcache.catalogue import METHODS, build
+from refimpl.kvcache.dcp import load_pruning
 from refimpl.kvcache.harness import difference, recall, reference, stream
 from refimpl.kvcache.recipes import Setting
 from refimpl.kvcache.tailorkv import layer_density
@@ -41,6 +41,7 @@ from refimpl.paths import atomic_write
 from refimpl.results import sha256, store
 
 ROOT = Path(__file__).resolve().parents[1]
+ADD_ON = ROOT / "data" / "adapters" / "dcp-llama-mini-alone-0.3.safetensors"
 FOLDER, RESULTS = ROOT / "build" / "kvcache", ROOT / "data" / "results" / "kvcache"
 # The map's wording is no source of numbers, the recipes are.
 SOURCES = ["data/kvcache_grid.py", "refimpl/backbone.py"] + sorted(
@@ -48,19 +49,23 @@ SOURCES = ["data/kvcache_grid.py", "refimpl/backbone.py"] + sorted(
     for path in (ROOT / "refimpl" / "kvcache").glob("*.py")
     if path.stem not in ("__init__", "catalogue", "dcp_training", "mla", "sizes")
 )
+STREAM_SOURCES = ["data/kvcache_grid.py"] + [
+    f"refimpl/kvcache/{name}.py" for name in ("attention", "cache", "codecs", "h2o", "lacache", "layer",
+    "policies", "rope", "slots", "texts", "view")
+]  # fmt: skip
 MODEL, STREAM_MODEL = "llama-mini", "llama-nano"
-DOCUMENTS, LENGTH, PROMPT, BATCH = 32, 768, 384, 8
-STREAM, FULL_STREAM, BLOCK, SLOTS, COST = 200_000, 8_000, 2_000, 256, 64_000
-STREAMED = ("full", "window", "streaming_llm", "lacache", "h2o")
+DOCUMENTS, ITEMS, LENGTH, PROMPT, BATCH = 16, 32, 768, 384, 8
+BLOCK, SLOTS = 2_000, 256
+STREAMED = {"window": 200_000, "streaming_llm": 200_000, "h2o": 64_000, "lacache": 64_000, "full": 8_000}
 
 
 def cells() -> list[tuple[str, ...]]:
     """Names of all cells: (metric, method, budget)."""
     names = [
-        ("grid", name, str(f)) for name, row in METHODS.items() if row.recipe and not row.trained
-        for f in row.budgets
+        ("grid", name, str(f)) for name, row in METHODS.items()
+        if row.recipe and (not row.trained or ADD_ON.is_file()) for f in row.budgets
     ]  # fmt: skip
-    return names + [("stream", name, "") for name in STREAMED] + [("cost", n, "") for n in STREAMED]
+    return names + [("stream", name, "") for name in STREAMED]
 
 
 def punctuation(tokenizer: Any) -> tuple[int, ...]:
@@ -74,14 +79,15 @@ def grid_cell(name: str, f: float, quick: bool) -> dict[str, Any]:
     model, tokenizer = load(MODEL)
     count, size = (2, 2) if quick else (DOCUMENTS, BATCH)
     row: dict[str, Any] = {"revision": revision(MODEL)}
+    pruning = load_pruning(ADD_ON, revision=revision(MODEL))[0] if METHODS[name].trained else None
     density = tuple(layer_density(model, documents(tokenizer, "stories", 2, PROMPT, seed=9)).tolist())
 
     def make(n: int):
-        setting = Setting(model, n, f, 0, punctuation(tokenizer), density=density)
+        setting = Setting(model, n, f, 0, punctuation(tokenizer), pruning, density)
         return build(name, setting)
 
     for kind in ("stories", "topics"):
-        rows = documents(tokenizer, kind, count, LENGTH)
+        rows = documents(tokenizer, kind, count, PROMPT + 24 if quick else LENGTH)
         parts = []
         for ids in rows.split(size):
             against = _reference(kind, len(parts), model, ids)
@@ -93,7 +99,7 @@ def grid_cell(name: str, f: float, quick: bool) -> dict[str, Any]:
             **{what: float(np.mean([getattr(p, what) for p in parts])) / size
                for what in ("held", "peak", "read", "moved")},
         }  # fmt: skip
-    items = facts(tokenizer, count)
+    items = facts(tokenizer, 2 if quick else ITEMS)
     for question in ("inside", "after"):
         found = recall(model, make, items, question)
         row[f"recall_{question}"] = {
@@ -133,28 +139,20 @@ def blocks(name: str, ids: torch.Tensor, model: Any) -> list[dict[str, Any]]:
 
 def stream_cell(name: str, quick: bool) -> dict[str, Any]:
     model, tokenizer = load(STREAM_MODEL)
-    T = 2_001 if quick else (FULL_STREAM if name == "full" else STREAM)
+    T = 301 if quick else STREAMED[name]
     ids = torch.stack([text_of(tokenizer, kind, T) for kind in ("stories", "topics")])
     ids[:, 0] = tokenizer.bos_token_id
     return {"revision": revision(STREAM_MODEL), "rows": ["stories", "topics"], "slots": SLOTS,
             "blocks": blocks(name, ids, model)}  # fmt: skip
 
 
-def cost_cell(name: str, quick: bool) -> dict[str, Any]:
-    model, _ = load(STREAM_MODEL)
-    T = 2_001 if quick else (FULL_STREAM if name == "full" else COST)
-    ids = torch.randint(300, 4096, (1, T), generator=torch.Generator().manual_seed(0))
-    found = blocks(name, ids, model)
-    return {"slots": SLOTS, "blocks": [{k: b[k] for k in ("tokens", "seconds", "held")} for b in found]}
-
-
 def path_of(cell: tuple[str, ...]) -> Path:
     return FOLDER / ("-".join(part.replace(".", "_") for part in cell if part) + ".json")
 
 
-def made(cell: tuple[str, ...], sources: dict[str, str]) -> bool:
+def made(cell: tuple[str, ...], sources: dict[str, dict[str, str]]) -> bool:
     path = path_of(cell)
-    return path.is_file() and json.loads(path.read_text())["sources"] == sources
+    return path.is_file() and json.loads(path.read_text())["sources"] == sources[cell[0]]
 
 
 def work(job: tuple[tuple[str, ...], dict[str, str], bool]) -> str:
@@ -166,7 +164,6 @@ def work(job: tuple[tuple[str, ...], dict[str, str], bool]) -> str:
     tasks: dict[str, Callable[[], dict[str, Any]]] = {
         "grid": lambda: grid_cell(name, float(f), quick),
         "stream": lambda: stream_cell(name, quick),
-        "cost": lambda: cost_cell(name, quick),
     }
     row = tasks[metric]() | {"cell": cell, "sources": sources, "wall_seconds": time.perf_counter() - start}
     if not quick:
@@ -196,29 +193,28 @@ def _pair(a: list[float], b: list[float]) -> list[float]:
     return [found.value, found.lo, found.hi]
 
 
-def join(sources: dict[str, str]) -> int:
+def join(sources: dict[str, dict[str, str]]) -> int:
     """The two stored files, of the cells that are there; 1 if some are missing."""
     wanted = cells()
     missing = [cell for cell in wanted if not made(cell, sources)]
     rows = {cell: json.loads(path_of(cell).read_text()) for cell in wanted if cell not in missing}
     for row in rows.values():
         del row["sources"], row["cell"]
-    about = {"root": ROOT, "sources": SOURCES, "threads": 1, "missing": ["-".join(c) for c in missing]}
+    about = {"root": ROOT, "threads": 1, "missing": ["-".join(c) for c in missing]}
     grid = {f"{c[1]}@{c[2]}": row for c, row in rows.items() if c[0] == "grid"}
     if full := grid.get("full@1.0"):
         for row in grid.values():
             summarise(row, full)
         store(
-            RESULTS / "grid.json", command="make results-kvcache", model=MODEL, cells=grid,
+            RESULTS / "grid.json", command="make results-kvcache", model=MODEL, cells=grid, sources=SOURCES,
             summary=f"{len(grid)} of {sum(c[0] == 'grid' for c in wanted)} cells, {DOCUMENTS} documents each",
             setup={"documents": DOCUMENTS, "length": LENGTH, "prompt": PROMPT}, **about,
         )  # fmt: skip
-    streams = {kind: {c[1]: row for c, row in rows.items() if c[0] == kind} for kind in ("stream", "cost")}
-    if streams["stream"]:
+    if streams := {c[1]: row for c, row in rows.items() if c[0] == "stream"}:
         store(
             RESULTS / "streams.json", command="make results-kvcache", model=STREAM_MODEL,
-            summary=f"{len(streams['stream'])} streams of {STREAM:,} tokens in {SLOTS} slots",
-            **streams, **about,
+            summary=f"{len(streams)} streams of up to {max(STREAMED.values()):,} tokens in {SLOTS} slots",
+            streams=streams, sources=STREAM_SOURCES, **about,
         )  # fmt: skip
     print("\n".join(f"missing: {' '.join(cell)}" for cell in missing))
     return 1 if missing else 0
@@ -227,25 +223,37 @@ def join(sources: dict[str, str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--part", choices=("grid", "stream"), help="cells of this kind")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="cells of these methods")
+    parser.add_argument("--limit-s", type=float, help="give up cells that are not done by then")
     parser.add_argument("--quick", action="store_true", help="tiny amounts, nothing stored")
     parser.add_argument("--join", action="store_true", help="only make the stored files of what is there")
     args = parser.parse_args()
-    sources = {source: sha256(ROOT / source) for source in SOURCES}
+    sources = {
+        "grid": {source: sha256(ROOT / source) for source in SOURCES},
+        "stream": {source: sha256(ROOT / source) for source in STREAM_SOURCES},
+    }
     if args.join:
         return join(sources)
     todo = [cell for cell in cells() if args.quick or not made(cell, sources)]
+    if args.part:
+        todo = [cell for cell in todo if cell[0] == args.part]
     if args.only:
         todo = [cell for cell in todo if cell[1] in args.only]
     todo.sort(key=lambda cell: cell[0] == "grid")  # the longest first
-    jobs = [(cell, sources, args.quick) for cell in todo]
+    jobs = [(cell, sources[cell[0]], args.quick) for cell in todo]
     if args.jobs == 1:
         for job in jobs:
             print(work(job), flush=True)
     else:
+        end = time.monotonic() + (args.limit_s or 1e9)
         with mp.get_context("spawn").Pool(args.jobs) as pool:
-            for line in pool.imap_unordered(work, jobs):
-                print(line, flush=True)
+            lines = pool.imap_unordered(work, jobs)
+            for _ in jobs:
+                try:
+                    print(lines.next(max(0.0, end - time.monotonic())), flush=True)
+                except mp.TimeoutError:
+                    break  # leaving the pool ends its processes; cells are written whole or not at all
     return 0 if args.quick else join(sources)
 
 

@@ -83,7 +83,7 @@ class Attention:
         if mask is not None:
             hidden = ~(mask if mask.ndim == 2 else mask[:, :, None])
             scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=torch.float32).to(self.q.dtype)
+        weights = scores.softmax(-1, dtype=torch.promote_types(self.q.dtype, torch.float32)).to(self.q.dtype)
         return weights if mask is None or not clean else weights.masked_fill(hidden, 0)
 
     def _scores(self, part: slice) -> Tensor:
@@ -97,12 +97,23 @@ class Attention:
 
     def output(self) -> Tensor:
         """The heads' outputs [B, G, R, T, D]."""
-        if self.q.shape[3] == 1 and not self.stretches and self.visible(slice(None)) is None:
-            # One query sees everything: the R that share a KV head are the queries of one fused call.
-            fused = F.scaled_dot_product_attention(self.q[:, :, :, 0], self.k, self.v, scale=self.scale)
-            return fused[:, :, :, None]
-        parts = [self._mix(self.weights(part, clean=False)) for part in self.blocks()]
+        if not self.stretches and self.ok is None and self.hidden is None:
+            # Every query sees itself at least: no row of the mask is empty, and the fused kernel can serve.
+            T, S = self.q.shape[3], self.k.shape[2]
+            size = max(1, BLOCK // S)
+            parts = [self._fused(slice(start, min(start + size, T))) for start in range(0, T, size)]
+        else:
+            parts = [self._mix(self.weights(part, clean=False)) for part in self.blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+
+    def _fused(self, part: slice) -> Tensor:
+        """softmax(q k' · scale) v without the weights: the R heads that share a KV head in one call."""
+        q = self.q[:, :, :, part]
+        mask = self.visible(part)
+        if mask is not None:
+            mask = mask.repeat(*[1] * (mask.ndim - 2), q.shape[2], 1)
+        out = F.scaled_dot_product_attention(q.flatten(2, 3), self.k, self.v, mask, scale=self.scale)
+        return out.unflatten(2, q.shape[2:4])
 
     def output_and_sums(self) -> tuple[Tensor, Tensor]:
         """The outputs, and each slot's weights summed over the queries, float32 [B, G, R, S]."""

@@ -88,29 +88,30 @@ class Rope:
         known = self.from_model
         if known is None or known[0] is not pos or known[1] != start:
             index = torch.arange(start, start + pos.shape[-1], device=pos.device)
-            angle = (index[:, None] * self._frequencies(pos) - self._angle(pos[:, None]).double()).float()
+            angle = index[:, None] * self._frequencies(pos) - self._angle(pos[:, None])
             self.from_model = known = pos, start, *_cos_sin(angle)
         return _turn(t, *known[2:])
 
     def shift(self, t: Tensor, steps: int | LongTensor) -> Tensor:
         """Turn t [B, N, T, D] on by `steps` positions, one number or [B, N, T]."""
         if isinstance(steps, Tensor):
-            return _turn(t, *_cos_sin((steps[..., None] * self._frequencies(steps)).float()))
+            return _turn(t, *_cos_sin(steps[..., None] * self._frequencies(steps)))
         if steps == 0:
             return t
         if steps not in self.shifts:
             if len(self.shifts) > 64:  # those of earlier steps
                 self.shifts.clear()
-            self.shifts[steps] = _cos_sin((steps * self._frequencies(t)).float())
+            self.shifts[steps] = _cos_sin(steps * self._frequencies(t))
         return _turn(t, *self.shifts[steps])
 
     def _frequencies(self, like: Tensor) -> Tensor:
+        # Far positions need float64: 2 · 10^5 radian in float32 are known to 0.008 only.
         return self.inv_freq.to(like.device, torch.float32).double()
 
 
 def _cos_sin(angle: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos [..., D], both halves, and sin [..., D/2] of angles [..., D/2]."""
-    cos, sin = angle.cos() * scale, angle.sin() * scale
+    """cos [..., D], both halves, and sin [..., D/2] of angles [..., D/2], in float32."""
+    cos, sin = (angle.cos() * scale).float(), (angle.sin() * scale).float()
     return torch.cat((cos, cos), -1), sin
 
 

@@ -151,10 +151,11 @@ def test_T0_long_prompt_in_query_blocks(llama, monkeypatch):
 def test_T0_half_precision():
     half = tiny("llama").to(torch.bfloat16)
     ids = random_ids(1, 20)
-    expected = dynamic(half, ids, [15, 1, 4])
+    expected = dynamic(tiny("llama").to(torch.bfloat16).float(), ids, [15, 1, 4])
+    eager = (dynamic(half, ids, [15, 1, 4]).float() - expected).abs().max()
     cache = KVCache(half, StreamingLLM(30))
-    close(run(half, KVCache(half), ids, [15, 1, 4]).float(), expected.float(), 0.05)
-    close(run(half, cache, ids, [15, 1, 4]).float(), expected.float(), 0.1)
+    for ours in (KVCache(half), cache):  # as near to exact arithmetic as eager attention, which rounds too
+        close(run(half, ours, ids, [15, 1, 4]).float(), expected, 1.5 * eager)
     assert cache.layers[0].codec.k.dtype == torch.bfloat16
 
 

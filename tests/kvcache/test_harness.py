@@ -45,7 +45,7 @@ def test_an_evicting_cache_differs_and_peaks_at_its_prompt(model):
     assert found.kl.mean() > 0.01 and bool((found.error.mean(0) > 0.01).all())
     token = 2 * 2 * 2 * 8 * 4 + 4  # of one layer
     assert found.held == 3 * 4 * token
-    assert found.peak == (20 + 4 + 4) * token  # the last layer still holds the prompt: evicted layer by layer
+    assert found.peak == (4 + 4 + 20) * token  # layers evict one after another: only one holds the prompt
     assert found.nll.shape == found.kl.shape == (2, 9) and found.error.shape == (2, 3)
 
 
@@ -56,8 +56,8 @@ def test_recall_is_that_of_greedy_decoding(model):
     for item in items:
         release(model)
         prompt = torch.cat((item.context, item.question), 1)
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False,
-                             eos_token_id=None)  # fmt: skip
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2,
+                             do_sample=False, eos_token_id=None)  # fmt: skip
         greedy.append(Fact(item.context, item.question, out[:, -2:]))
     for question in ("inside", "after"):
         full = recall(model, lambda n: KVCache(model), greedy, question)

@@ -1,4 +1,4 @@
-"""StreamingLLM's two ways to compact positions: the query turned for each stretch, and every key at each read."""
+"""Two ways to compact positions: the query turned for each stretch, and every key at each read."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def run(model, cache, ids, sizes, mask=None, start=0):
         positions = None if mask is not None else torch.arange(start + at, start + at + size)[None]
         if mask is not None:
             positions = (mask[:, : at + size].cumsum(-1) - 1).clamp(min=0)[:, at:]
-        out.append(model(ids[:, at : at + size], past_key_values=cache, use_cache=True, position_ids=positions,
+        out.append(model(ids[:, at : at + size], past_key_values=cache, position_ids=positions,
                          attention_mask=None if mask is None else mask[:, : at + size]).logits)  # fmt: skip
         at += size
     return torch.cat(out, 1)
@@ -55,7 +55,7 @@ def test_padded_rows_agree_with_the_other_way():
 
 
 def test_no_drift_at_distant_positions():
-    """The model's own float32 angles are off by 0.004 at position 10^5; they are undone as it computed them."""
+    """The model's float32 angles are off by 0.004 at position 10^5; they are undone as it computed them."""
     model, ids, sizes = tiny("llama", **LONG), random_ids(1, 50), [10] + [1] * 40
     near = run(model, KVCache(model, StreamingLLM(6, 2)), ids, sizes)
     far = run(model, KVCache(model, StreamingLLM(6, 2)), ids, sizes, start=200_000)
@@ -66,8 +66,7 @@ def test_no_drift_at_distant_positions():
         for layer in cache.layers:  # the cache itself has counted 200 000 tokens since its sinks
             layer.seen += 200_000
         late = run(model, cache, ids[:, 10:], [1] * 40, start=10)
-    # Once the window has moved on, only sinks and window are left, at the same compact positions.
-    assert (late[:, 12:] - near[:, 22:]).abs().max() < 0.5
+    assert (late - near[:, 10:]).abs().max() < 2e-4
     held = cache.layers[0].pos
     assert held.tolist() == [0, 1, *range(200_044, 200_050)]
 

@@ -52,8 +52,8 @@ def check_random_eviction(random_cache: Callable) -> None:
     chi2 = float(((hits[:-1] - expected) ** 2 / (expected * (1 - share))).sum())
     require(
         chi2 < 50,
-        f"the sample of older tokens is not uniform: chi-square {chi2:.0f}, {n - 2} degrees of freedom; held, "
-        f"oldest first: {[int(h) for h in hits[:-1]]}",
+        f"older tokens are no uniform sample: chi-square {chi2:.0f} ({n - 2} degrees of freedom); held "
+        f"from the oldest on {[int(h) for h in hits[:-1]]}",
     )
 
 

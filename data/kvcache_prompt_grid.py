@@ -2,11 +2,10 @@
 
 The command measures the cells that build/kvcache_prompt lacks, or has from other sources, and joins them to
 data/results/kvcache/prompt.json, keys `kind: method@ratio`; `--quick` shows that it runs.
-
 - `dense` (every sentence states facts) and `padded` (a sentence without a fact behind each), read by the
   scorer llama-mini; `reader`: the dense items pruned the same way and read by gpt2-mini.
-- Prompt methods leave `ratio` of the context's tokens. Cache methods read the whole prompt and then hold as
-  many entries as a pruned prompt would: `inside`, the question is read with the context; `after`, later.
+- Prompt methods leave `ratio` of the context's tokens; cache methods read all and hold as many entries as a
+  pruned prompt would: `inside`, the question is read with the context; `after`, later.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from refimpl.kvcache.policies import KVPolicy, Random
 from refimpl.kvcache.prompt import harness as prompts
 from refimpl.kvcache.prompt.llmlingua import LLMLingua
 from refimpl.kvcache.prompt.llmlingua2 import LLMLingua2, load_classifier
-from refimpl.kvcache.prompt.selective import SelectiveContext
+from refimpl.kvcache.prompt.selective import SCOPES, SelectiveContext
 from refimpl.kvcache.snapkv import SnapKV
 from refimpl.kvcache.texts import Fact
 from refimpl.models import load, revision
@@ -43,25 +42,34 @@ FOLDER, RESULT = ROOT / "build" / "kvcache_prompt", ROOT / "data" / "results" / 
 SOURCES = ["data/kvcache_prompt_grid.py", "data/adapters/llmlingua2.safetensors", "refimpl/scoring.py"]
 _USED = "harness llmlingua llmlingua2 selective units ../cache ../h2o ../harness ../policies ../snapkv"
 SOURCES += [f"refimpl/kvcache/prompt/{name}.py".replace("prompt/../", "") for name in _USED.split()]
-ITEMS, SEGMENT, FILLERS = 48, 64, {"dense": 0.0, "padded": 1.0, "reader": 0.0}
-load_once = lru_cache(load)
+ITEMS, SEGMENT, FILLERS = 32, 64, {"dense": 0.0, "padded": 1.0, "reader": 0.0}
+load_once = cache(load)
+MAIN = ("truncate", "random_words", "selective_context", "llmlingua", "llmlingua2")  # at every ratio
+
+
+def remembered(score: Callable) -> Callable:
+    known = cache(lambda ids: score(torch.tensor(ids)))
+    return lambda ids: known(tuple(ids.tolist()))
+
+
+@cache
+def scorers() -> dict[str, Any]:
+    scorer, tokenizer = load_once("llama-mini")
+    second = LLMLingua2(load_classifier(), tokenizer)
+    sentence, document = (SelectiveContext(scorer, tokenizer, scope=scope) for scope in SCOPES)
+    sentence.unit_scores, document.unit_scores = map(remembered, (sentence.unit_scores, document.unit_scores))
+    second.keep_probability = remembered(second.keep_probability)
+    lingua = LLMLingua(scorer, iterative_size=SEGMENT)
+    return dict(selective_context=sentence, selective_document=document, llmlingua=lingua, llmlingua2=second)
 
 
 def pruners() -> dict[str, Callable | None]:
-    """Every prompt method by name: (context, budget, question) -> Pruned."""
-    (scorer, tokenizer), rng = load_once("llama-mini"), lambda: torch.Generator().manual_seed(0)
-    lingua = LLMLingua(scorer, iterative_size=SEGMENT)
-    blind: dict[str, Any] = {
-        "selective_context": SelectiveContext(scorer, tokenizer),
-        "selective_document": SelectiveContext(scorer, tokenizer, scope="document"),
-        "llmlingua": lingua, "llmlingua2": LLMLingua2(load_classifier(), tokenizer),
-    }  # fmt: skip
-    return {
-        "full": None, "truncate": prompts.truncate,
-        "random_words": prompts.random_words(tokenizer, rng()), "random_tokens": prompts.random_tokens(rng()),
-        **{name: lambda ids, budget, question, m=m: m.prune(ids, budget) for name, m in blind.items()},
-        "llmlingua_question": lingua.prune,
-    }  # fmt: skip
+    tokenizer, rng = load_once("llama-mini")[1], lambda: torch.Generator().manual_seed(0)
+    random = {"random_words": prompts.random_words(tokenizer, rng())}
+    random["random_tokens"] = prompts.random_tokens(rng())
+    blind = {name: lambda ids, budget, question, m=m: m.prune(ids, budget) for name, m in scorers().items()}
+    blind["llmlingua_question"] = scorers()["llmlingua"].prune
+    return {"full": None, "truncate": prompts.truncate} | random | blind
 
 
 POLICIES: dict[str, Callable[[int], KVPolicy]] = {  # n entries -> a policy that holds so many
@@ -74,35 +82,32 @@ POLICIES: dict[str, Callable[[int], KVPolicy]] = {  # n entries -> a policy that
 def evict(
     model: Any, tokenizer: Any, items: list[prompts.Item], name: str, question: str, ratio: float
 ) -> prompts.Cell:
-    """Answer from a cache that holds what a pruned prompt would: head, ratio x context, question."""
     head, out = [BOS, *tokenizer(prompts.HEAD)["input_ids"]], []
     for item in items:
         context = tokenizer(item.context)["input_ids"]
-        asked = tokenizer(f"\nQuestion: {item.question}\nAnswer:")["input_ids"]
-        gold = tokenizer(f" {item.answer}\n")["input_ids"]
+        asked, gold = tokenizer([f"\nQuestion: {item.question}\nAnswer:", f" {item.answer}\n"])["input_ids"]
         stays = max(1, int(ratio * len(context) + 1e-9))
         held = len(head) + stays + (0 if name == "snapkv" and question == "after" else len(asked))
         fact = Fact(*(torch.tensor([ids]) for ids in (head + context, asked, gold)))
         found = recall(model, lambda _, held=held: KVCache(model, POLICIES[name](held)), [fact], question)
         out.append((bool(found.exact[0]), found.nll[0] / len(gold), stays))
-    release(model)  # plain attention again
+    release(model)
     return prompts.Cell(*map(np.array, zip(*out, strict=True)))
 
 
 def cells() -> list[tuple[str, str, float]]:
-    """(kind, method, ratio) of all cells; one ratio after the other, the middle first."""
     found = [(kind, "full", 1.0) for kind in FILLERS]
-    others = [(kind, ratio) for ratio in prompts.RATIOS if ratio != 0.5 for kind in ("dense", "padded")]
-    for kind, ratio in [*((kind, 0.5) for kind in FILLERS), *others]:
-        found += [(kind, name, ratio) for name in list(pruners())[1:]]
-        if kind != "reader":
-            found += [(kind, f"{name}_{q}", ratio) for name in POLICIES for q in ("inside", "after")]
+    for ratio in (0.5, 0.2, 0.35, 0.8, 0.65):
+        for kind in FILLERS if ratio == 0.5 else ("dense", "padded"):
+            found += [(kind, name, ratio) for name in (list(pruners())[1:] if ratio == 0.5 else MAIN)]
+            if kind != "reader" and ratio in (0.5, 0.2):
+                found += [(kind, f"{name}_{q}", ratio) for name in POLICIES for q in ("inside", "after")]
     return found
 
 
 def measure(kind: str, name: str, ratio: float, n: int) -> dict[str, Any]:
-    items = prompts.qa_items(n, fillers=FILLERS[kind])
     model, tokenizer = load_once("gpt2-mini" if kind == "reader" else "llama-mini")
+    items = prompts.qa_items(n, fillers=FILLERS[kind])
     if name.endswith(("_inside", "_after")):
         cell = evict(model, tokenizer, items, *name.rsplit("_", 1), ratio)
     else:
@@ -115,15 +120,10 @@ def join(sources: dict[str, str]) -> None:
     for (kind, name, ratio), key in zip(cells(), wanted, strict=True):
         row = json.loads(p.read_text()) if (p := FOLDER / f"{kind}-{name}-{ratio}.json").is_file() else {}
         rows |= {key: row} if row.pop("sources", None) == sources else {}
-    as_cell = lambda row: prompts.Cell(*(np.array(row[k]) for k in ("exact", "nll", "kept")))
-    interval = lambda e: [round(x, 5) for x in (e.value, e.lo, e.hi)]
-    for key, row in rows.items():
-        both = [bootstrap(np.array(row[k], float), rng=np.random.default_rng(0)) for k in ("exact", "nll")]
-        row["mean_exact"], row["mean_nll"] = map(interval, both)
-        against = f"{key.split(':')[0]}: random_words@{key.rsplit('@', 1)[1]}"
-        if against in rows and against != key:  # both positive where the method is better
-            both = prompts.gain(as_cell(row), as_cell(rows[against]), np.random.default_rng(0))
-            row["gain_over_random_words"] = dict(zip(("exact", "nll"), map(interval, both), strict=True))
+    for row in rows.values():
+        for what in ("exact", "nll"):
+            e = bootstrap(np.array(row[what], float), rng=np.random.default_rng(0))
+            row[f"mean_{what}"] = [round(x, 5) for x in (e.value, e.lo, e.hi)]
     store(
         RESULT, command="python data/kvcache_prompt_grid.py", root=ROOT, sources=SOURCES, cells=rows,
         summary=f"prompt pruning: {len(rows)} of {len(wanted)} cells, {ITEMS} items each", items=ITEMS,
@@ -133,11 +133,10 @@ def join(sources: dict[str, str]) -> None:
 
 def main() -> None:
     quick, sources = sys.argv[1:] == ["--quick"], {source: sha256(ROOT / source) for source in SOURCES}
-    torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for kind, name, ratio in cells():
         path = FOLDER / f"{kind}-{name}-{ratio}.json"
-        if not quick and path.is_file() and json.loads(path.read_text())["sources"] == sources:
+        if path.is_file() and json.loads(path.read_text())["sources"] == sources:
             continue
         row = measure(kind, name, ratio, 2 if quick else ITEMS)
         print(path.stem, np.mean(row["exact"]), np.mean(row["nll"]), flush=True)
@@ -147,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

@@ -247,4 +247,4 @@ def test_the_shipped_classifier_keeps_names_and_drops_fillers(shipped, tokenizer
         tokenizer("Marras lives in Ripon. It was a quiet day. Marras works as a baker.")["input_ids"]
     )
     text = tokenizer.decode(LLMLingua2(shipped, tokenizer).prune(ids, len(ids) // 2).ids(ids))
-    assert "Ripon" in text and "baker" in text and "quiet" not in text
+    assert "Marras" in text and "Ripon" in text and "quiet" not in text

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_runs import LONG
 
 from refimpl.checks.tiny import random_ids, tiny
 from refimpl.kvcache.catalogue import AXES, BUDGETS, METHODS, applicable, build, dominated, table
 from refimpl.kvcache.recipes import Setting
 from refimpl.kvcache.sizes import held_bytes
 
-LONG = {"max_position_embeddings": 512}
 RUNNABLE = [name for name, row in METHODS.items() if row.recipe and not row.trained]
 SELECTING = [n for n in RUNNABLE if METHODS[n].axis in AXES[:2] and n not in ("full", "fastgen")]
 

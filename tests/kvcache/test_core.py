@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from cache_runs import LONG, close, generator, run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import (
@@ -21,8 +22,6 @@ from refimpl.kvcache import (
 )  # fmt: skip
 from refimpl.kvcache import attention as attention_module
 from refimpl.kvcache.slots import Padding, Selection
-
-LONG = {"max_position_embeddings": 512}
 
 
 def context(family):
@@ -45,29 +44,10 @@ def reference(model):
     return model
 
 
-@torch.no_grad()
-def run(model, cache, ids, sizes, mask=None, positions=None):
-    """Logits of feeding ids in pieces of the given sizes."""
-    out, start = [], 0
-    for size in sizes:
-        stop = start + size
-        out.append(model(
-            ids[:, start:stop], past_key_values=cache, use_cache=True,
-            attention_mask=None if mask is None else mask[:, :stop],
-            position_ids=None if positions is None else positions[:, start:stop],
-        ).logits)  # fmt: skip
-        start = stop
-    return torch.cat(out, 1)
-
-
 def dynamic(model, ids, sizes, **kwargs):
     from transformers import DynamicCache
 
     return run(reference(model), DynamicCache(), ids, sizes, **kwargs)
-
-
-def close(a, b, atol=1e-5):
-    assert (a - b).abs().max().item() <= atol, f"largest difference {(a - b).abs().max().item():.2e}"
 
 
 class PerHead(KVPolicy):
@@ -106,10 +86,6 @@ class Mass(KVPolicy):
         score = v.slot["acc"].clone()
         score[..., -1] = torch.inf
         return best(score.masked_fill(~v.ok, -1), self.budget)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # --- T0: Full is the model's own cache ------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_runs import close, generator, run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import KVCache, Random, Reader, release
@@ -26,10 +27,6 @@ INF = math.inf
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "kvcache_adapters.py"
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def add_on(bias=1.0, r=8, seed=1, layers=3):
     return ContextPruning(32, layers, r, generator(seed), bias=bias)
 
@@ -42,21 +39,6 @@ def long(family, **changes):
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     return long(request.param)
-
-
-@torch.no_grad()
-def run(model, cache, ids, sizes, mask=None):
-    out, start = [], 0
-    for size in sizes:
-        stop = start + size
-        kwargs = {} if mask is None else {"attention_mask": mask[:, :stop]}
-        out.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **kwargs).logits)
-        start = stop
-    return torch.cat(out, 1)
-
-
-def close(a, b, atol=1e-5):
-    assert (a - b).abs().max().item() <= atol, f"largest difference {(a - b).abs().max().item():.2e}"
 
 
 # --- training's masks are what decoding does ---------------------------------------------------------------

@@ -2,36 +2,17 @@
 
 import pytest
 import torch
+from cache_runs import LONG, close, run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import Dense, Full, KVCache, Window
 from refimpl.kvcache import attention as attention_module
 from refimpl.kvcache.h2o import H2O
 
-LONG = {"max_position_embeddings": 512}
-
 
 @pytest.fixture(scope="module")
 def llama():
     return tiny("llama", **LONG)
-
-
-@torch.no_grad()
-def run(model, cache, ids, sizes, mask=None, positions=None):
-    out, start = [], 0
-    for size in sizes:
-        part = slice(start, start + size)
-        out.append(model(
-            ids[:, part], past_key_values=cache,
-            attention_mask=None if mask is None else mask[:, : part.stop],
-            position_ids=None if positions is None else positions[:, part],
-        ).logits)  # fmt: skip
-        start = part.stop
-    return torch.cat(out, 1)
-
-
-def close(a, b, atol=2e-5):
-    assert (a - b).abs().max().item() <= atol, f"largest difference {(a - b).abs().max().item():.2e}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cache_runs import draw, run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import Full, KVCache, KVPolicy, StreamingLLM, Window
@@ -17,24 +18,6 @@ GOLDEN = Path(__file__).parent / "golden" / "quanto.npz"
 @pytest.fixture(scope="module")
 def llama():
     return tiny("llama", **LONG)
-
-
-@torch.no_grad()
-def run(model, cache, ids, sizes, mask=None, positions=None):
-    out, start = [], 0
-    for size in sizes:
-        stop = start + size
-        out.append(model(
-            ids[:, start:stop], past_key_values=cache,
-            attention_mask=None if mask is None else mask[:, :stop],
-            position_ids=None if positions is None else positions[:, start:stop],
-        ).logits)  # fmt: skip
-        start = stop
-    return torch.cat(out, 1)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class LastOfPrompt(KVPolicy):

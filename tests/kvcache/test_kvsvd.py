@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from cache_runs import draw, run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import KVCache, KVPolicy, Window
@@ -19,24 +20,6 @@ def make_model(family):
 @pytest.fixture(scope="module")
 def llama():
     return make_model("llama")
-
-
-@torch.no_grad()
-def run(model, cache, ids, sizes, mask=None, positions=None):
-    out, start = [], 0
-    for size in sizes:
-        stop = start + size
-        out.append(model(
-            ids[:, start:stop], past_key_values=cache,
-            attention_mask=None if mask is None else mask[:, :stop],
-            position_ids=None if positions is None else positions[:, start:stop],
-        ).logits)  # fmt: skip
-        start = stop
-    return torch.cat(out, 1)
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def test_eckart_young():

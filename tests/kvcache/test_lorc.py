@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cache_runs import close, generator, run
 
 from refimpl.backbone import Backbone
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
@@ -11,10 +12,6 @@ from refimpl.kvcache import KVCache, KVPolicy, Random, Reader, StreamingLLM, Win
 from refimpl.kvcache.lorc import Latent, condition_numbers, progressive_ranks, right_singular_vectors
 
 RANKS = [4, 3, 2]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -25,21 +22,6 @@ def model(request):
 @pytest.fixture(scope="module")
 def llama():
     return tiny("llama")
-
-
-@torch.no_grad()
-def run(model, cache, ids, sizes, mask=None):
-    out, start = [], 0
-    for size in sizes:
-        stop = start + size
-        kwargs = {} if mask is None else {"attention_mask": mask[:, :stop]}
-        out.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **kwargs).logits)
-        start = stop
-    return torch.cat(out, 1)
-
-
-def close(a, b, atol=1e-5):
-    assert (a - b).abs().max().item() <= atol, f"largest difference {(a - b).abs().max().item():.2e}"
 
 
 def low_rank(model, ranks, per_head):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cache_runs import run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import KVCache, Window
@@ -17,20 +18,6 @@ def make_model(family):
 @pytest.fixture(scope="module")
 def llama():
     return make_model("llama")
-
-
-@torch.no_grad()
-def run(model, cache, ids, sizes, mask=None, positions=None):
-    out, start = [], 0
-    for size in sizes:
-        stop = start + size
-        out.append(model(
-            ids[:, start:stop], past_key_values=cache,
-            attention_mask=None if mask is None else mask[:, :stop],
-            position_ids=None if positions is None else positions[:, start:stop],
-        ).logits)  # fmt: skip
-        start = stop
-    return torch.cat(out, 1)
 
 
 def unit(*shape, seed=0):

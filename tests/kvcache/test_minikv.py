@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cache_runs import run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import Full, KVCache
@@ -15,12 +16,6 @@ def make_model(family):
 @pytest.fixture(scope="module")
 def llama():
     return make_model("llama")
-
-
-@torch.no_grad()
-def run(model, cache, ids, sizes):
-    parts = ids[:, : sum(sizes)].split(sizes, 1)
-    return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
 
 
 class All(Full):

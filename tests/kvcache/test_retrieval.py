@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cache_runs import draw, generator
 from test_core import LONG, close, dynamic, run
 
 from refimpl.checks.tiny import random_ids, tiny
@@ -19,14 +20,6 @@ GOLDEN = Path(__file__).parent / "golden" / "faiss_flat.npz"
 @pytest.fixture(scope="module")
 def llama():
     return tiny("llama", **LONG)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def recall(found, truth):

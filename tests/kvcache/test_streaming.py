@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from cache_runs import LONG
 
 from refimpl.backbone import Backbone
 from refimpl.checks.tiny import random_ids, tiny
 from refimpl.kvcache import KVCache, StreamingLLM
 from refimpl.kvcache.rope import Rope
 from refimpl.kvcache.slots import Selection, Stretches, as_mask
-
-LONG = {"max_position_embeddings": 512}
 
 
 class EveryKey(StreamingLLM):

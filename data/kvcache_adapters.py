@@ -65,6 +65,9 @@ def main() -> int:
     began = time.monotonic()
     (args.out / "adapters").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the work is the GPU's; on a CPU the numbers are those of one thread
+    # The backward pass through a float mask needs an alignment that rows of any width do not have.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
     # The add-on alone comes first: that is what is shipped.
     jobs = [(name, gamma, alone)

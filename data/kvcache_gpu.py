@@ -12,6 +12,7 @@ speed). A configuration is a method and a context length n. Conventions:
   `STEPS` of them or `SECONDS`; stored are all times, and batch / median.
 - *bytes*: what the cache holds after the prompt, and what the attention of the last step read.
 - `full` is this package's full cache, `dynamic` transformers' own with the attention `sdpa`: both baselines.
+  Fused attention is PyTorch's own (flash or memory-efficient), not cuDNN's.
 - Budgets are those of the papers where these name one: `METHODS`. An error is a configuration's result, and
   the next one starts from an emptied device.
 
@@ -192,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # cuDNN plans its kernel anew for every length it has not met: 50 ms a token for whoever comes first.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     fields = TINY if args.tiny else LLAMA_7B
     contexts = TINY_CONTEXTS if args.tiny else ORDER
     names = [f"{method}-{n}" for n in contexts for method in METHODS]

@@ -41,8 +41,7 @@ def once(policy: type[KVPolicy]) -> type[KVPolicy]:
     """The policy, after the prompt only."""
 
     class Once(policy):
-        def keep(self, v):
-            return super().keep(v) if v.prefill else None
+        once = True
 
     return Once
 

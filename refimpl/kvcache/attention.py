@@ -33,8 +33,6 @@ class Attention:
     - ok: [B, G, S], False at slots that hold nothing; None if all are filled.
     - window: a query sees only slots at positions > its own - window; None sees all before it.
     - hidden: [B, 1|G, T, S], True where a policy keeps a slot from a query; None hides nothing.
-    - stretches: the queries [B, G, R, T, D] that meet a stretch of slots, and the stretch, one after another,
-      if compact positions turn q for each; None: q meets every slot.
 
     >>> one, at = torch.ones(1, 1, 1, 2, 4), torch.tensor([0, 1])
     >>> Attention(one, one[0], torch.eye(4)[:2][None, None], 0.5, at, at).output()[0, 0, 0].tolist()
@@ -50,7 +48,6 @@ class Attention:
     ok: Tensor | None = None
     window: int | None = None
     hidden: Tensor | None = None
-    stretches: list[tuple[Tensor, slice]] | None = None
 
     def blocks(self) -> list[slice]:
         """Consecutive blocks of queries with at most `BLOCK` scores each."""
@@ -88,32 +85,28 @@ class Attention:
 
     def _scores(self, part: slice) -> Tensor:
         """q k' [B, G, R, t, S]."""
-        scores = [
-            q[:, :, :, part].flatten(2, 3) @ self.k[:, :, slots].transpose(-1, -2)
-            for q, slots in self.stretches or [(self.q, slice(None))]
-        ]
-        scores = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+        scores = self.q[:, :, :, part].flatten(2, 3) @ self.k.transpose(-1, -2)
         return scores.unflatten(2, (self.q.shape[2], -1))
 
     def output(self) -> Tensor:
         """The heads' outputs [B, G, R, T, D]."""
-        if not self.stretches and self.ok is None and self.hidden is None:
-            # Every query sees itself at least: no row of the mask is empty, and the fused kernel can serve.
-            T, S = self.q.shape[3], self.k.shape[2]
-            size = max(1, BLOCK // S)
-            parts = [self._fused(slice(start, min(start + size, T))) for start in range(0, T, size)]
+        # The fused kernel serves where no row of the mask is empty: every query sees itself, but at padding.
+        T, size = self.q.shape[3], max(1, BLOCK // self.k.shape[2])
+        if T == 1 and self.hidden is None:
+            return self._fused(self.q, self.visible(slice(None)))
+        if self.ok is None and self.hidden is None:
+            parts = [slice(start, min(start + size, T)) for start in range(0, T, size)]
+            parts = [self._fused(self.q[:, :, :, part], self.visible(part)) for part in parts]
         else:
             parts = [self._mix(self.weights(part, clean=False)) for part in self.blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
 
-    def _fused(self, part: slice) -> Tensor:
+    def _fused(self, q: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k' · scale) v without the weights: the R heads that share a KV head in one call."""
-        q = self.q[:, :, :, part]
-        mask = self.visible(part)
-        if mask is not None:
+        if mask is not None and q.shape[3] > 1:
             mask = mask.repeat(*[1] * (mask.ndim - 2), q.shape[2], 1)
         out = F.scaled_dot_product_attention(q.flatten(2, 3), self.k, self.v, mask, scale=self.scale)
-        return out.unflatten(2, q.shape[2:4])
+        return out.view(q.shape)
 
     def output_and_sums(self) -> tuple[Tensor, Tensor]:
         """The outputs, and each slot's weights summed over the queries, float32 [B, G, R, S]."""

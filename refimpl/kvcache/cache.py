@@ -162,7 +162,7 @@ class KVCache:
         Raises RuntimeError if the model's attention is not this package's, ValueError for keys of another
         shape.
         """
-        if self._config._attn_implementation != NAME:
+        if layer_idx == 0 and self._config._attn_implementation != NAME:
             raise RuntimeError(
                 f"the model's attention is {self._config._attn_implementation!r}, which cannot read this "
                 "cache; make the KVCache after any release(model) or set_attn_implementation(...)"

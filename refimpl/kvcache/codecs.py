@@ -118,6 +118,9 @@ class Dense(Codec):
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"payload": {} if self.k is None else {"k": self.k, "v": self.v}, "meta": {}}
 
+    def nbytes(self) -> dict[str, int]:
+        return {"payload": 0 if self.k is None else self.k.nbytes + self.v.nbytes, "meta": 0}
+
 
 class DenseTail(Codec):
     """Newest entries dense, older ones in a compressed form: the base of codecs that compress at `commit`.

@@ -1,4 +1,9 @@
-"""D2O (2406.13035): layer budgets from the density of attention, victims merged into similar survivors."""
+"""D2O (2406.13035): layer budgets from the density of attention, victims merged into similar survivors.
+
+Density, budgets, choice of survivors and first threshold equal the released code's on random numbers; the
+weights of merging are the paper's equation 11 as a third party's port quotes it, which takes its e for 0.1,
+not for Euler's number as here.
+"""
 
 from __future__ import annotations
 
@@ -84,12 +89,13 @@ class D2O(KVPolicy):
 
     The released code differs: it starts to evict at the first decoding step, averages a survivor c and its
     u_j x_j plainly, and decides to merge by the victims' rank averaged over heads, though the j-th victim is
-    another token in each head. The tau here is each head's own.
+    another token in each head. The tau here is each head's own. The paper is quoted with max u_e in place of
+    mean u_e after the first time, and 1 - a = 0.7; with one victim a step, max and mean are the same.
 
     Parameters
-    - heavy, recent: shares of the prompt, positive, at most 1 together (the paper: 0.1 and 0.1).
+    - heavy, recent: shares of the prompt, positive, at most 1 together (the released example: 0.1 and 0.1).
     - sinks: pinned first tokens, 0 and more (4). full: layers that keep all (0, 1 and the last).
-    - merging: False evicts only. smoothing: a, 0..1 (0.5).
+    - merging: False evicts only. smoothing: a, 0..1 (0.5, as released).
     - rope: a `Rope` of the model lets keys be compared and averaged without their rotations, each survivor
       being rotated to its own position again; None: as they are stored.
 

@@ -47,12 +47,12 @@ class DynamicKV(SnapKV):
         self.most, self.plan_every = most, _size("every", every, 1)
 
     def observe(self, v: View) -> None:
-        if v.prefill and v.S > self.capacity:
+        if v.S > self.capacity:
             v.slot["vote"].copy_(self.score(v))
 
     def keep(self, v: View) -> Tensor | None:
         most = self.window + int(self.most * (self.capacity - self.window))
-        return first(v.slot["vote"], most) if v.prefill and v.S > most else None
+        return first(v.slot["vote"], most) if v.S > most else None
 
     def plan(self, views: list[View]) -> list[Tensor | None]:
         if views[0].seen <= self.capacity:

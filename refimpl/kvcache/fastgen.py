@@ -1,4 +1,8 @@
-"""FastGen: each head gets the cheapest of five fixed rules that loses little of its attention."""
+"""FastGen: each head gets the cheapest of five fixed rules that loses little of its attention.
+
+Equation 1 of the paper bounds |A - softmax(Q K_C)| by 1 - T and names no norm; here it is half of the sum
+of absolute differences, averaged over rows, which is the mass missed, as the paper's section 4.1 counts it.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +32,16 @@ class FastGen(KVPolicy):
 
     and the first with recovery >= `recovery` is taken. While decoding, special tokens and punctuation of the
     heads that keep them stay for good, the local part slides, and the frequent tokens are those of largest
-    mass so far, in the number that the prompt set. Heads hold different numbers of slots, and only these.
+    mass so far, r_f of the tokens so far. Heads hold different numbers of slots, and only these.
+
+    The authors released no code; the reproduction that they point to (cold-compress) adds the first four
+    tokens to every rule, ranks by the mean over queries, and takes the frequent ones from the other tokens.
 
     Parameters
     - special, punctuation: token ids of the two classes; not both empty.
-    - recovery: T > 0, the paper's 0.95 of [0.85, 0.99]; above 1 every head keeps everything.
-    - frequent, local: r_f and r_l, shares of the prompt in [0, 1]; 0.3 in the paper.
+    - recovery: T > 0, in the paper 0.91 to 0.98; above 1 every head keeps everything.
+    - frequent, local: r_f, a share of the tokens so far, and r_l, one of the prompt, in [0, 1]; 0.3 in the
+      paper, which uses one KV head per query head.
     Raises ValueError for others, and a forward without `input_ids` does.
 
     >>> from refimpl.checks.tiny import random_ids, tiny
@@ -59,7 +67,7 @@ class FastGen(KVPolicy):
             raise ValueError(f"recovery: {recovery}; allowed: above 0 (above 1: everything stays)")
         for name, share in (("frequent", frequent), ("local", local)):
             if not 0 <= share <= 1:
-                raise ValueError(f"{name}: {share}; allowed: 0 to 1, a share of the prompt")
+                raise ValueError(f"{name}: {share}; allowed: 0 to 1, a share of the tokens")
         self.recovery, self.frequent, self.local = recovery, frequent, local
 
     def observe(self, v: View) -> None:
@@ -70,7 +78,7 @@ class FastGen(KVPolicy):
             v.slot["mass"] += v.attn_sum().mean(2)
             return
         n = torch.as_tensor(v.count, device=v.device).expand(*v.shape[:2], 1)
-        v.notes["frequent"] = (self.frequent * n).round().long()
+        v.notes["padding"] = v.seen - n
         v.notes["local"] = (self.local * n).round().long()
         column, near = column_sums(v, v.notes["local"])
         v.slot["mass"].copy_(column)
@@ -89,7 +97,8 @@ class FastGen(KVPolicy):
         """What the first three rules keep, each [B, G, S]."""
         special = v.slot["kind"] == SPECIAL
         punctuation = v.slot["kind"] > 0
-        frequent = first(v.slot["mass"].masked_fill(~v.ok, -1), v.notes["frequent"])
+        number = (self.frequent * (v.seen - v.notes["padding"])).round().long()
+        frequent = first(v.slot["mass"].masked_fill(~v.ok, -1), number)
         return special, punctuation, punctuation | frequent
 
 

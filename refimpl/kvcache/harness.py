@@ -118,7 +118,7 @@ def stream(
             moved.append(bytes_read["moved"])
     return Stream(
         nll, None if against is None else kl, None if against is None else error,
-        float(np.mean(held)), max(peak), float(np.mean(read)), float(np.mean(moved)),
+        float(np.mean(held)), max(*peak, *held), float(np.mean(read)), float(np.mean(moved)),
     )  # fmt: skip
 
 

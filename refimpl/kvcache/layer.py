@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
 from refimpl.kvcache.attention import Attention
@@ -51,7 +52,8 @@ class KVLayer:
         self.partly = not isinstance(reader, ReadAll)
         self.stretches = Stretches() if rope and policy.stretches and isinstance(codec, Dense) else None
         self.seen = 0
-        self.pos: Tensor | None = None
+        self._pos: Tensor | None = None
+        self._known = 0  # tokens seen when _pos was last written
         self.counts: LongTensor | None = None
         self.states: dict[str, Tensor] = {}
         self.notes: dict[str, Tensor] = {}
@@ -64,6 +66,27 @@ class KVLayer:
         self.merges = type(policy).merge is not KVPolicy.merge
         self.hides = type(policy).hide is not KVPolicy.hide
         self.scores = bool({"attn", "attn_lastw"} & set(policy.needs))
+        # After the prompt a policy that decides once, or never, is not asked,
+        silent = all(getattr(type(policy), name) is getattr(KVPolicy, name) for name in ("observe", "keep"))
+        self.asks = not (policy.once or silent and not self.merges)
+        # and mostly nothing is left to do but to append keys and values.
+        self.plain = not (self.asks or rope or self.partly or self.hides or policy.slots)
+
+    @property
+    def pos(self) -> Tensor | None:
+        # Most steps of decoding have no use for positions: they are written when somebody looks.
+        if self._known < self.seen:
+            T, device = self.seen - self._known, self.device
+            new = torch.arange(self._known, self.seen, dtype=torch.int32, device=device)
+            if self._pos is not None:
+                shared = self._pos.ndim == 1
+                new = torch.cat((self._pos, new if shared else new.expand(*self._pos.shape[:2], T)), -1)
+            self._pos, self._known = new, self.seen
+        return self._pos
+
+    @pos.setter
+    def pos(self, pos: Tensor) -> None:
+        self._pos, self._known = pos, self.seen
 
     # --- one forward ----------------------------------------------------------------------------------------
     def attend(
@@ -76,6 +99,10 @@ class KVLayer:
         after a padded prompt, and for padding or a sliding window that the reader cannot serve.
         """
         self._check(k, mask, window)
+        if self.plain and self.seen and q.shape[2] == 1 and not (
+            self.padded or self.stage.chunking or mask is not None or window or self.counts is not None
+        ):  # fmt: skip
+            return self._step(q, k, v, scale)
         if self.rope is not None:
             if position_ids is None:
                 raise ValueError("position_ids: None; compact positions need them from the model")
@@ -89,19 +116,20 @@ class KVLayer:
             self.ids.append(self.stage.ids)
         ok = self._filled(self._append(k, v), mask)
         self.padded = self.padded or mask is not None
-        q = q.unflatten(1, (k.shape[1], -1))
+        q = q.view(k.shape[0], k.shape[1], -1, *q.shape[2:])
         if self.partly and not prefill:
             self.reader.append(k)
         partly = self.partly and not prefill and q.shape[3] == 1
         self._read_whole = None if partly else (self.codec.nbytes(), self.counts, k.shape[:3].numel())
         attention = self._attention(q, scale, window, ok, stored=not partly)
+        asked = prefill or self.asks
         if self.hides:
             attention.hidden = self.policy.hide(self._view(attention, ok, prefill, self.x))
         weights = sums = None
-        if self.scores and len(attention.blocks()) == 1:
+        if asked and self.scores and len(attention.blocks()) == 1:
             weights = attention.weights()
             out = attention._mix(weights)
-        elif "attn" in self.policy.needs and not self.stage.chunking:
+        elif asked and "attn" in self.policy.needs and not self.stage.chunking:
             out, sums = attention.output_and_sums()  # a long prompt: its weights are computed only once
         else:
             out = self.reader.read(q, self.codec, scale, ok) if partly else attention.output()
@@ -109,13 +137,29 @@ class KVLayer:
             wanted = q if self.scores or self.reader.queries else q[:, :, :, -1:]
             self.chunks.append((wanted, self.x))
             self._last = (scale, window, ok)
-        else:
+        elif asked:
             self._evict(self._view(attention, ok, prefill, self.x, weights, sums))
+            self.ids = []
+        else:
+            self._settle(ok)
             self.ids = []
         self.x = None
         if self.index == self.n_layers - 1:
             self.stage.ids = None
         return out.flatten(1, 2)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Append one token and attend, where everything stays and every slot is seen."""
+        self.codec.append(k, v)
+        self.seen += 1
+        B, G, S = self.shape
+        self.shape = B, G, S + 1
+        self._read_whole = self.codec.nbytes(), None, B * G
+        k, v = self.codec.read()
+        out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, scale=scale)
+        self.codec.commit(None)
+        self.x = None
+        return out.view(q.shape)
 
     def finish_prefill(self) -> None:
         """Evict at the end of a chunked prefill, as after one forward over the whole prompt."""
@@ -153,17 +197,15 @@ class KVLayer:
         self.codec.append(k, v)
         if self.stretches is not None:
             self.stretches.append(self.seen, T)
-        new = torch.arange(self.seen, self.seen + T, dtype=torch.int32, device=k.device)
-        if self.pos is None:
-            self.pos = new
+        if self._pos is None:
             for name, kind in self.policy.slots.items():
                 dtype, *width = kind if isinstance(kind, tuple) else (kind,)
                 self.states[name] = torch.zeros(B, G, T, *width, dtype=dtype, device=k.device)
         else:
-            self.pos = torch.cat((self.pos, new.expand(*self.pos.shape[:-1], T)), -1)
             for name, state in self.states.items():
                 self.states[name] = torch.cat((state, state.new_zeros(B, G, T, *state.shape[3:])), 2)
         self.seen += T
+        self.device = k.device
         self.batch, self.shape = B, (B, G, self.pos.shape[-1])
         return None if ok is None else torch.cat((ok, ok.new_ones(B, G, T)), -1)
 
@@ -204,11 +246,11 @@ class KVLayer:
         T, S = q.shape[3], self.shape[2]
         if ok is None and self.counts is None and self.stretches.known:
             number = torch.arange(S, device=q.device)
-            turned = [
-                (self.rope.shift(q.flatten(1, 2), S - self.seen + shift).view(q.shape), slots)
-                for shift, slots in self.stretches
-            ]
-            return Attention(q, k, v, scale, number, number[-T:], window=window, stretches=turned)
+            parts = list(self.stretches)
+            if len(parts) > 1:  # the new tokens are in the last, which stays as it is
+                here = parts[-1][0]
+                k = torch.cat([self.rope.shift(k[:, :, slots], here - gap) for gap, slots in parts], 2)
+            return Attention(q, k, v, scale, number, number[-T:], window=window)
         number = torch.arange(S, device=q.device) if ok is None else (ok.cumsum(-1) - 1).clamp(min=0)
         steps = (number - self.pos).expand(self.shape)
         own = steps[..., -T:].repeat_interleave(q.shape[2], 1)
@@ -272,9 +314,10 @@ class KVLayer:
             merged = self.policy.merge(view, as_mask(keep, self.shape, view.device) & view.ok)
             if merged is not None:
                 self.codec.rewrite(*merged)
-        ragged = self.counts is not None  # laid out for this forward, to be made flat again
-        if keep is not None or ragged:
-            selection = Selection(view.ok if keep is None else keep, self.shape, view._ok)
+        if keep is None:
+            self._settle(view._ok)
+        else:
+            selection = Selection(keep, self.shape, view._ok)
             if selection.ragged and self.partly:
                 raise ValueError(
                     f"keep: heads or rows keep different numbers of slots; allowed for the reader "
@@ -282,10 +325,16 @@ class KVLayer:
                 )
             self._pack(selection)
             self.codec.commit(None)
-        else:
-            self.codec.commit(view._ok)
         if view.prefill or keep is not None:
             self.reader.build(self.codec, view.q, None if keep is not None else view._ok)
+
+    def _settle(self, ok: Tensor | None) -> None:
+        """Everything stays."""
+        if self.counts is None:
+            self.codec.commit(ok)
+        else:  # laid out for this forward: make it flat again
+            self._pack(Selection(ok, self.shape))
+            self.codec.commit(None)
 
     def _pack(self, selection: Selection) -> None:
         if self.stretches is not None:

@@ -7,6 +7,10 @@ once and for all, and keys into the query projection, but only where no rotation
 W is [d, w], in the convention x W: w = D for each KV head by itself (multi-head attention), w = G · D for
 all heads of a layer together (grouped-query attention). From the SVD W = U S V', A = U_r S_r = W V_r and
 B = V_r'; so c is also (x W) V_r, which is how the codec makes it from the keys that the model hands over.
+
+No code was released, and the paper was read in its abstract and reviews only, which agree with the above and
+with ranks that fall with the cumulative condition number; their formula (`progressive_ranks`) and what is
+factored under grouped queries are from memory.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ def condition_numbers(model: nn.Module) -> Tensor:
 def progressive_ranks(kappa: Tensor, r_max: int, r_min: int) -> list[int]:
     """Return the rank of each layer: the more layers an error still passes through, the higher.
 
-    Implements 2410.03111, section 3.3. Cumulative condition numbers K_l = prod over j >= l of kappa(W_k^j)
+    After 2410.03111, from memory. Cumulative condition numbers K_l = prod over j >= l of kappa(W_k^j)
     kappa(W_v^j) bound how an error of layer l grows; in their logarithm the ranks fall linearly from r_max
     in the first layer to r_min in the last:
     r_l = r_max · [1 - (max log K - log K_l) / (max log K - min log K) · (1 - r_min / r_max)], rounded.
@@ -94,7 +98,7 @@ class Latent(Codec):
     Parameters
     - model: one of `refimpl.backbone.FAMILIES`, which stays as it is; the codec is for its caches only.
     - ranks: r_l for each layer, 1..D (per head) or 1..G · D, at most d.
-    - per_head: factor each KV head by itself; default as in the paper, if H = G.
+    - per_head: factor each KV head by itself; by default, if H = G.
 
     Works with every policy if heads are factored by themselves; else all heads of a row have to keep the same
     tokens, and a policy that chooses per head gets a ValueError at its first eviction. Raises ValueError for

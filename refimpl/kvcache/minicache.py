@@ -1,4 +1,9 @@
-"""MiniCache (2405.14366): two neighbouring layers share the directions of their keys and values."""
+"""MiniCache (2405.14366): two neighbouring layers share the directions of their keys and values.
+
+The authors released no code, and the paper was read in its abstract only: directions and norms equal those
+of KVCache-Factory's port; which tokens are distinct enough to stay whole is a rule of ours, where that port
+keeps the share with the largest distances.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +95,8 @@ class MiniCache(DenseTail):
     Not here: the paper's combination with 4-bit quantisation.
 
     Parameters
-    - t: weight of the upper layer, 0..1 (the paper: 0.6).
-    - retain: 0..1 (the paper: 0.05); 1 retains everything; None retains nothing.
+    - t: weight of the upper layer, 0..1 (the paper, as that port quotes it: 0.6).
+    - retain: 0..1 (the port's share: 0.05); 1 retains everything; None retains nothing.
     - start: lower layer of the first pair, 0 and more; None: half the number of layers.
 
     Raises ValueError for others, and for a policy that evicts or merges. Padding is merged, and ignored in d.

@@ -1,4 +1,9 @@
-"""MiniKV (2411.18077): the heavy hitters of the prompt, with pyramid budgets, in two bits."""
+"""MiniKV (2411.18077): the heavy hitters of the prompt, with pyramid budgets, in two bits.
+
+Budgets, choice and codes equal the released code's, with one KV head per query head; where heads share keys
+it copies these for every query head, which then chooses by itself and is stored by itself. Its fused kernels
+and its other selector, SnapKV's, are not here.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +46,8 @@ class PrefillH2O(KVPolicy):
     follows it. Decoding evicts nothing.
 
     Parameters
-    - heavy, recent: shares of the prompt, 0..1, at most 1 together (the paper: 0.25 and 0.25).
-    - depth: 1 and more; 1 is H2O's uniform budget (the released code: 7).
+    - heavy, recent: shares of the prompt, 0..1, at most 1 together (the released code: 0.25 and 0.25).
+    - depth: 1 and more; 1 is H2O's uniform budget (the released code: 7, or uniform budgets by default).
 
     Raises ValueError for others, for shares that give a layer more than the prompt, for a layer left with
     nothing, and for padded prompts (shares of one length).
@@ -52,7 +57,7 @@ class PrefillH2O(KVPolicy):
     ValueError: heavy: 0.6; allowed with recent 0.25 and depth 7.0: at most 0.4038, or layer 0 needs more ...
     """
 
-    needs = {"attn"}
+    needs, once = {"attn"}, True
 
     def __init__(self, heavy: float = 0.25, recent: float = 0.25, *, depth: float = 7.0) -> None:
         for name, share in (("heavy", heavy), ("recent", recent)):
@@ -69,8 +74,6 @@ class PrefillH2O(KVPolicy):
         self.heavy, self.recent, self.depth = heavy, recent, depth
 
     def keep(self, v: View) -> LongTensor | None:
-        if not v.prefill:
-            return None
         if not v.full:
             raise ValueError(f"{type(self).__name__}: a padded prompt; allowed: rows without padding")
         heavy = int(pyramid(self.heavy, v.layer, v.n_layers, self.depth) * v.S + 1e-9)

@@ -23,7 +23,7 @@ class KVPolicy:
     Class attributes
     - positions: "original": keys keep the rotation of their place in the text; "compact": slots are numbered
       0..S-1 when they are read, in order of arrival (rotary models only).
-    - slots: per-slot state that the cache keeps aligned with keys and values, name -> dtype, or, for a vector,
+    - slots: per-slot state that the cache keeps aligned with keys and values: name -> dtype or, of vectors,
       (dtype, width); new slots are 0.
     - needs: of "attn", "attn_lastw" (whose queries are then kept through a chunked prefill), "hidden" (the
       layer's input) and "ids" (the new tokens' ids).
@@ -31,11 +31,14 @@ class KVPolicy:
       m-th layer and the last with the layers so far, whose states it sees but no attention; None: `plan` is
       called once, after the last layer, with whole prompts.
     - n_layers: layers of the models that it was made for; None: any number.
-    - stretches: `keep` returns slices, of few stretches of the text. With compact positions the query is then
-      turned once for each stretch, in place of all keys at every step.
+    - once: it decides at the end of the prompt only, and what is generated afterwards all stays: nothing is
+      computed for it then.
+    - stretches: `keep` returns slices, of few stretches of the text. With compact positions only the keys
+      of stretches before the last are then turned at every step.
     """
 
     positions: ClassVar[str] = "original"
+    once: ClassVar[bool] = False
     stretches: ClassVar[bool] = False
     slots: ClassVar[Mapping[str, torch.dtype | tuple[torch.dtype, int]]] = {}
     needs: ClassVar[frozenset[str] | set[str]] = frozenset()

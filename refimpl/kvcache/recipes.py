@@ -168,8 +168,9 @@ def minikv(s: Setting) -> Parts:
 
 
 def kv_svd(s: Setting) -> Parts:
-    rank = max(1, int(s.f * Backbone(s.model).D))
-    return {"codec": KVSVD(rank, value_rank=rank)}
+    bb = Backbone(s.model)
+    rank = max(1, int(s.f * bb.D))
+    return {"codec": KVSVD(rank, value_rank=rank, rotated=bb.is_gpt2)}
 
 
 def lorc(s: Setting) -> Parts:

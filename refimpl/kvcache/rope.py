@@ -7,9 +7,9 @@ read it at its number:
 - Any policy: the key is stored without rotation and turned at every read, the query as well. Every slot is
   turned in every step.
 - Policies that keep few stretches of the text (with the codec `Dense`): the key is stored turned to the index
-  t of its token. Rotations enter the scores by their difference only, so a query at slot p meets the key of
-  slot j as if both were compact when it is itself turned to p + (t - j). Inside a stretch t - j is
-  one number: the query is turned once for each stretch (twice for sinks and a window), and no key at all.
+  t of its token. Rotations enter the scores by their difference only, so the slots of the last stretch, the
+  query's, are read as they are. In an earlier stretch t - slot is smaller by one number, and by that many
+  positions its keys are turned on when they are read: of sinks and a window, the sinks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""Scissorhands: drop, in bulk, the tokens whose attention was below average most often of late."""
+"""Scissorhands: drop, in bulk, the tokens whose attention was below average most often of late.
+
+The paper's second algorithm prints weight > 1/t where its comment has low scores marked, and clears all but
+the recent window where its comment keeps that: the comments are followed here, and 1 over the tokens held
+takes the place of 1/t, t the step. Not here: larger budgets for later layers. The released code is another
+rule, for measuring perplexity, without a budget: it masks what is in the largest tenth of none of the last
+100 rows, but for the 10 latest tokens.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class SnapKV(KVPolicy):
     ([[10, 10]], [20, 21, 22, 23])
     """
 
-    needs = frozenset({"attn_lastw"})
+    needs, once = frozenset({"attn_lastw"}), True
 
     def __init__(self, capacity: int, window: int = 32, kernel: int = 5, pooling: str = "avg") -> None:
         self.window, self.kernel = _size("window", window, 1), _size("kernel", kernel, 1)
@@ -65,8 +65,6 @@ class SnapKV(KVPolicy):
         return votes(v, self.window, self.kernel, self.pooling)
 
     def keep(self, v: View) -> Tensor | LongTensor | None:
-        if not v.prefill:
-            return None
         n = self.capacity_of(v)
         if isinstance(n, Tensor):
             return first(self.score(v), n)
@@ -96,7 +94,7 @@ class AdaSnapKV(SnapKV):
         self.floor = floor
 
     def keep(self, v: View) -> Tensor | None:
-        if not v.prefill or v.S <= self.capacity:
+        if v.S <= self.capacity:
             return None
         score = self.score(v)
         least = int(self.floor * self.capacity)

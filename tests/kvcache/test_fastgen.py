@@ -101,6 +101,21 @@ def test_generated_tokens_keep_to_the_rule_of_their_head(llama):
     assert seen & {1, 2, 3}, seen
 
 
+def test_the_frequent_tokens_are_a_share_of_the_tokens_so_far(llama):
+    """Among heads with rule 2, and in a padded row too, where padding is no token."""
+    ids, mask = random_ids(2, 60), torch.ones(2, 60, dtype=torch.long)
+    ids[ids <= 8], mask[1, :4] = 9, 0  # members of no class
+    cache = KVCache(llama, make(0.7, frequent=0.5, local=0.0))
+    run(llama, cache, ids, [20] + [1] * 40, mask)
+    seen = 0
+    for l, layer in enumerate(cache.layers):
+        held, rule = cache.held(l), layer.notes["rule"][..., 0]
+        for b, tokens in enumerate((60, 56)):
+            assert (held[b][rule[b] == 2] == tokens // 2).all()
+            seen += int((rule[b] == 2).sum())
+    assert seen > 1
+
+
 def test_padding_and_chunks(llama):
     check_padding_and_chunks(llama, lambda: make(0.7))
 

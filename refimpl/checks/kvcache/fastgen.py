@@ -10,7 +10,7 @@ from refimpl.checks import check, require
 
 IMPLEMENTATION = {"fastgen": "refimpl.kvcache.fastgen:FastGen"}
 N, BOS, COMMA, DOT, WORD = 40, 0, 5, 6, 9
-SHARE = 0.2  # of the prompt that is frequent, and local
+SHARE = 0.2  # of the tokens so far that is frequent, of the prompt that is local
 NAMES = ("special", "special + punctuation", "+ frequent", "+ local", "full")
 
 
@@ -43,22 +43,24 @@ def check_fastgen(FastGen: Callable) -> None:
             what = f"recovery {recovery}, head with its attention {name}: keeps {sorted(got)}"
             require(got == expected, f"{what}; rule '{NAMES[rule]}' keeps {sorted(expected)}")
 
-    # One token later: the local part slides, members of a class stay.
+    # Some tokens later: the local part slides, members of a class stay, more are frequent.
     policy = FastGen([BOS], [COMMA, DOT], 0.8, SHARE, SHARE)
     view = _view(weights, ids)
     policy.observe(view)
     rules = [_choose(weights[0, g].mean(0), ids[0], 0.8)[0] for g in range(5)]
-    mass = torch.cat([weights[0].mean(1).sum(1), torch.zeros(5, 1)], 1)
-    for token in (WORD, DOT):
-        row = torch.full((1, 5, 2, 1, N + 1), 1 / (N + 1))
-        later = _view(row, torch.tensor([[token]]), view)
+    for new in ([WORD], [DOT, WORD, WORD, WORD, WORD]):
+        T, n = len(new), N + len(new)
+        rows = torch.ones(T, n).tril(N)
+        rows = rows / rows.sum(-1, keepdim=True)
+        later = _view(rows.expand(1, 5, 2, T, n), torch.tensor([new]), view)
         policy.observe(later)
         kept = policy.keep(later)
-        classes = torch.cat([ids[0], torch.tensor([token])])
+        classes = torch.cat([ids[0], torch.tensor(new)])
         for g, rule in enumerate(rules):
-            expected = _members(classes, mass[g] + 1 / (N + 1), rule, N + 1)
-            got = set(range(N + 1)) if kept is None else set(kept[0, g].nonzero().flatten().tolist())
-            what = f"after a further token {token}, rule '{NAMES[rule]}': keeps {sorted(got)}"
+            mass = torch.cat([weights[0, g].mean(0).sum(0), torch.zeros(T)]) + rows.sum(0)
+            expected = _members(classes, mass, rule, n)
+            got = set(range(n)) if kept is None else set(kept[0, g].nonzero().flatten().tolist())
+            what = f"after the further tokens {new}, rule '{NAMES[rule]}': keeps {sorted(got)}"
             require(got == expected, f"{what}, not {sorted(expected)}")
 
 
@@ -79,7 +81,7 @@ def _members(ids: Tensor, mass: Tensor, rule: int, n: int) -> set[int]:
         return set(range(n))
     kept = {s for s in range(n) if ids[s] == BOS or rule >= 1 and ids[s] in (COMMA, DOT)}
     if rule >= 2:
-        kept |= set(mass.argsort(descending=True)[: round(SHARE * N)].tolist())
+        kept |= set(mass.argsort(descending=True)[: round(SHARE * n)].tolist())
     return kept | set(range(n - round(SHARE * N), n)) if rule == 3 else kept
 
 

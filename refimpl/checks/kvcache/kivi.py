@@ -62,8 +62,7 @@ def check_minikv_policy(PrefillH2O: Callable) -> None:
                     require(got == expected,
                             f"heavy {heavy}, recent {recent}, depth {depth}, layer {layer} of {L}: row {b}, "
                             f"head {g} keeps {got}, not {expected}")  # fmt: skip
-            view.prefill = False
-            require(policy.keep(view) is None, f"layer {layer}: something is evicted in decoding")
+            require(policy.once, f"layer {layer}: something may be evicted in decoding, too")
     require_error(ValueError, lambda: PrefillH2O(0.9, 0.5), "more than the prompt")
 
 

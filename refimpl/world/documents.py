@@ -29,6 +29,16 @@ from collections.abc import Iterable, Sequence
 from refimpl.world.base import Split
 from refimpl.world.lexicon import NUMBER_WORDS
 from refimpl.world.names import names
+from refimpl.world.relation_forms_more import (
+    MORE_ALIAS,
+    MORE_APPOSITION,
+    MORE_CHANGING,
+    MORE_COUNT,
+    MORE_FIRST,
+    MORE_LIST,
+    MORE_OPENINGS,
+    MORE_SAME,
+)
 from refimpl.world.relations import (
     _DATE,
     _PATTERN,
@@ -40,16 +50,17 @@ from refimpl.world.relations import (
     DATES,
     RELATIONS,
     TYPES,
+    Wording,
     _either,
     _write,
     ask,
     ask_when,
     ask_who,
-    parse_path,
-    parse_when,
     phrase,
     pronoun,
-    read_sentence,
+    read_path,
+    read_statement,
+    read_when,
     state,
     who_clause,
 )  # fmt: skip
@@ -77,10 +88,12 @@ _ALIAS = {
         "{s} is known as {v}.",
         "Another name for {s} is {v}.",
     ),
+    "more": MORE_ALIAS,
     "eval": ("{s} goes by the name of {v}.",),
 }
 _APPOSITION = {
     "train": ("{s}, whom friends call {v}, ", "{s}, often called {v}, ", "{s}, known as {v}, "),
+    "more": MORE_APPOSITION,
     "eval": ("{s}, also known as {v}, ",),
 }
 _OPENINGS = {
@@ -92,16 +105,17 @@ _OPENINGS = {
         "Everyone agrees that ",
         "Of course ",
     ),
+    "more": MORE_OPENINGS,
     "eval": ("To be sure, ", "As one hears, "),
 }
 _NO_JOIN = {"friend_of", "married", "alias"}
 
 
-def _alias_rules(table: dict, end: str) -> list[tuple[re.Pattern, bool]]:
+def _alias_rules(table: dict, end: str) -> list[tuple[re.Pattern, Wording]]:
     return [
         (re.compile(re.escape(t).replace(r"\{s\}", f"(?P<s>{_PERSON})").replace(r"\{v\}",
                                                                                 f"(?P<v>{_PERSON})") + end),
-         split == "eval")
+         split)
         for split, ts in table.items() for t in ts
     ]  # fmt: skip
 
@@ -111,10 +125,10 @@ _APPOSITION_RULES = _alias_rules(_APPOSITION, "")
 
 
 def write_passage(
-    facts: Sequence[Sequence[str]], rng: Rng, split: Split = "train", prose: bool = False
+    facts: Sequence[Sequence[str]], rng: Rng, split: Wording = "train", prose: bool = False
 ) -> str:
     """Write facts as sentences in their order; `prose` adds openings ("In fact, ...") and joins two facts
-    with "and".
+    with "and". The facts of split "train" may also be written in the wording "more".
 
     Examples
     --------
@@ -175,32 +189,32 @@ def write_passage(
     return " ".join(out)
 
 
-def _read_one(text: str) -> tuple[list[list[str]], bool]:
+def _read_one(text: str) -> tuple[list[list[str]], Wording]:
     """The facts of one sentence, pronouns and aliases unresolved."""
-    for rule, held in _ALIAS_RULES:
+    for rule, wording in _ALIAS_RULES:
         if m := rule.match(text):
-            return [[m["s"], "alias", "the" + m["v"][3:] if m["v"].startswith("The ") else m["v"]]], held
+            return [[m["s"], "alias", "the" + m["v"][3:] if m["v"].startswith("The ") else m["v"]]], wording
     head: list[list[str]] = []
     for rule, _ in _APPOSITION_RULES:
         if m := rule.match(text):
             head = [[m["s"], "alias", m["v"]]]
             text = f"{m['s']} {text[m.end() :]}"
             break
-    for opening in (*_OPENINGS["train"], *_OPENINGS["eval"]):
+    for opening in (o for openings in _OPENINGS.values() for o in openings):
         if text.startswith(opening):
             text = text[len(opening) :]
             text = text[0].upper() + text[1:]
             break
     try:
-        fact, held = read_sentence(text)
-        return [*head, list(fact)], held
+        fact, wording = read_statement(text)
+        return [*head, list(fact)], wording
     except ValueError:
         found = []
         for m in re.finditer(" and ", text):
             try:
-                one, held = read_sentence(text[: m.start()] + ".")
-                two, _ = read_sentence("He " + text[m.end() :])
-                found.append(([*head, list(one), [one[0], *two[1:]]], held))
+                one, wording = read_statement(text[: m.start()] + ".")
+                two, _ = read_statement("He " + text[m.end() :])
+                found.append(([*head, list(one), [one[0], *two[1:]]], wording))
             except ValueError:
                 continue
         if len(found) != 1:
@@ -208,15 +222,15 @@ def _read_one(text: str) -> tuple[list[list[str]], bool]:
         return found[0]
 
 
-def read_passage(text: str, aliases: dict[str, str] | None = None) -> tuple[list[list[str]], Split]:
-    """The facts of a passage and its split; `aliases` (alias -> name) is used and extended."""
+def read_passage(text: str, aliases: dict[str, str] | None = None) -> tuple[list[list[str]], Wording]:
+    """The facts of a passage and its wording; `aliases` (alias -> name) is used and extended."""
     aliases = {} if aliases is None else aliases
     facts: list[list[str]] = []
-    splits = set()
+    wordings = set()
     previous = ""
     for sentence in re.split(r"(?<=\.) ", text):
-        found, held = _read_one(sentence)
-        splits.add(held)
+        found, wording = _read_one(sentence)
+        wordings.add(wording)
         for fact in found:
             if fact[0] in ("He", "She"):
                 if not previous or pronoun(previous).title() != fact[0]:
@@ -227,9 +241,9 @@ def read_passage(text: str, aliases: dict[str, str] | None = None) -> tuple[list
                 aliases[fact[2]] = fact[0]
             previous = fact[0]
             facts.append(fact)
-    if len(splits) != 1:
-        raise ValueError(f"text: {text!r} mixes training and held-out templates")
-    return facts, "eval" if splits.pop() else "train"
+    if len(wordings) != 1:
+        raise ValueError(f"text: {text!r} mixes training and held-out templates, or those of a third table")
+    return facts, wordings.pop()
 
 
 def draw_alias(name: str, facts: Iterable[Sequence[str]], others: Iterable[str], rng: Rng) -> str | None:
@@ -310,40 +324,42 @@ _CHANGING = {
 }  # fmt: skip
 
 
-def _special_templates() -> dict[tuple[str, str], tuple[str, ...]]:
-    table = {("same", r): ts for r, ts in _SAME.items()}
-    table |= {("first", r): tuple(t.replace("{e}", e) for t in _FIRST) for r, e in _EVENT.items()}
-    table |= {("count", r): tuple(t.replace("{e}", e) for t in _COUNT) for r, e in _PLURAL.items()}
+def _special_templates(same, first, count, listing, changing) -> dict[tuple[str, str], tuple[str, ...]]:
+    table = {("same", r): ts for r, ts in same.items()}
+    table |= {("first", r): tuple(t.replace("{e}", e) for t in first) for r, e in _EVENT.items()}
+    table |= {("count", r): tuple(t.replace("{e}", e) for t in count) for r, e in _PLURAL.items()}
     table |= {
-        ("list", r): tuple(t.replace("{n}", n).replace("{e}", e) for t in _LIST)
+        ("list", r): tuple(t.replace("{n}", n).replace("{e}", e) for t in listing)
         for r, (n, e) in _THING.items()
     }
-    return table | _CHANGING
+    return table | changing
 
 
-_SPECIAL = _special_templates()
+_MORE_SPECIAL = _special_templates(MORE_SAME, MORE_FIRST, MORE_COUNT, MORE_LIST, MORE_CHANGING)
+_SPECIAL: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
+    key: {"train": ts[:-1], "more": _MORE_SPECIAL[key], "eval": ts[-1:]}
+    for key, ts in _special_templates(_SAME, _FIRST, _COUNT, _LIST, _CHANGING).items()
+}
 _SPECIAL_FORMS = {
     key: {split: tuple(t.format(x="{0}", y="{1}", v="{2}", a="{3}", d="{4}").format for t in part)
-          for split, part in (("train", ts[:-1]), ("eval", ts[-1:]))}
-    for key, ts in _SPECIAL.items()
+          for split, part in by.items()}
+    for key, by in _SPECIAL.items()
 }  # fmt: skip
 
 
 def _special_rules() -> dict[str, list[tuple]]:
-    """{first three words: [(regex, kind, key, held out)]} for all special templates."""
+    """{first word: [(regex, kind, key, wording)]} for all special templates."""
     rules: dict[str, list[tuple]] = {}
-    for (kind, key), templates in _SPECIAL.items():
+    for (kind, key), by in _SPECIAL.items():
         value = RELATIONS[key].value if key in RELATIONS else ""
-        for i, t in enumerate(templates):
+        for wording, t in ((wording, t) for wording, ts in by.items() for t in ts):
             pattern = re.escape(t).replace(r"\{", "{").replace(r"\}", "}")
             for slot, inside in (
                 ("x", _PERSON), ("y", _PERSON), ("d", _DATE), ("v", _PATTERN.get(value, "")),
                 ("a", _either(ARTICLE.get(v, v) for v in TYPES.get(value) or ())),
             ):  # fmt: skip
                 pattern = pattern.replace("{" + slot + "}", f"(?P<{'v' if slot == 'a' else slot}>{inside})")
-            rules.setdefault(t.split(" ")[0], []).append(
-                (re.compile(pattern), kind, key, i == len(templates) - 1)
-            )
+            rules.setdefault(t.split(" ")[0], []).append((re.compile(pattern), kind, key, wording))
     return rules
 
 
@@ -351,7 +367,7 @@ _SPECIAL_RULES = _special_rules()
 
 
 def write_question(
-    question: Sequence[str], rng: Rng, split: Split = "train", paraphrase: bool | None = None
+    question: Sequence[str], rng: Rng, split: Wording = "train", paraphrase: bool | None = None
 ) -> str:
     """The question as text.
 
@@ -387,15 +403,14 @@ def write_question(
     return rng.choice(_SPECIAL_FORMS[kind, key][split])(*args)
 
 
-def read_question(text: str, aliases: dict[str, str] | None = None) -> tuple[list[str], Split]:
-    """The question that `text` asks, people's aliases resolved, and the split of its template."""
+def read_question(text: str, aliases: dict[str, str] | None = None) -> tuple[list[str], Wording]:
+    """The question that `text` asks, people's aliases resolved, and the wording of its template."""
     aliases = aliases or {}
-    for regex, kind, key, held in _SPECIAL_RULES.get(text.split(" ")[0], ()):
+    for regex, kind, key, split in _SPECIAL_RULES.get(text.split(" ")[0], ()):
         m = regex.fullmatch(text)
         if not m:
             continue
         g = {k: aliases.get(v, v) for k, v in m.groupdict().items()}
-        split: Split = "eval" if held else "train"
         if kind == "count":
             return [kind, key, _PLAIN.get(g["v"], g["v"])], split
         if kind == "list":
@@ -404,23 +419,23 @@ def read_question(text: str, aliases: dict[str, str] | None = None) -> tuple[lis
             return [kind, key, g["x"], g["y"]], split
         return [kind, key, g["x"], *([g["d"]] if kind == "asof" else [])], split
     if text.startswith("Name everyone who "):
-        path, held = parse_path("Who " + text[len("Name everyone who ") : -1] + "?")
-        return ["everyone", path[1][1:], path[0]], "eval" if held else "train"
+        path, split = read_path("Who " + text[len("Name everyone who ") : -1] + "?")
+        return ["everyone", path[1][1:], path[0]], split
     try:
-        path, held = parse_path(text)
-        return ["path", aliases.get(path[0], path[0]), *path[1:]], "eval" if held else "train"
+        path, split = read_path(text)
+        return ["path", aliases.get(path[0], path[0]), *path[1:]], split
     except ValueError:
         pass
     if text.startswith("When "):
-        (s, r, v), held = parse_when(text)
-        return ["when", aliases.get(s, s), r, v], "eval" if held else "train"
+        (s, r, v), split = read_when(text)
+        return ["when", aliases.get(s, s), r, v], split
     for m in re.finditer(" and ", text):
         try:
-            one, held = parse_path(text[: m.start()] + "?")
-            two, _ = parse_path("Who " + text[m.end() :])
+            one, split = read_path(text[: m.start()] + "?")
+            two, _ = read_path("Who " + text[m.end() :])
         except ValueError:
             continue
-        return ["both", one[1][1:], one[0], two[1][1:], two[0]], "eval" if held else "train"
+        return ["both", one[1][1:], one[0], two[1][1:], two[0]], split
     raise ValueError(f"text: {text!r} is no question of the world")
 
 

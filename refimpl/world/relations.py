@@ -4,15 +4,17 @@ exactly.
 A fact is a tuple `(subject, relation, value)`; a fact of a dated relation carries a fourth item, for example
 `("Balbert", "moved_to", "Ripon", "March 1987")`. The wordings are the table of `relation_forms.py`. Split
 "train" never uses a held-out wording, split "eval" uses nothing else: a question of split "eval" has a
-held-out form, a held-out noun phrase or predicate, or a held-out frame around one.
+held-out form, a held-out noun phrase or predicate, or a held-out frame around one. "more" writes with the
+table of `relation_forms_more.py`, likewise: no split of names, but a third wording, for adapters to learn.
 """
 
 from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import product
+from typing import Literal
 
-from refimpl.world.base import Split
 from refimpl.world.lexicon import FIRST_NAMES, JOBS, MONTHS, TOWNS
 from refimpl.world.names import known_people
 from refimpl.world.relation_forms import (
@@ -24,9 +26,16 @@ from refimpl.world.relation_forms import (
     WHO_FRAMES,
     Relation,
 )
+from refimpl.world.relation_forms_more import (
+    MORE,
+    MORE_PERSON_FRAMES,
+    MORE_VALUE_FRAMES,
+    MORE_WHO_FRAMES,
+)
 from refimpl.world.rng import Rng
 
 Fact = tuple[str, ...]
+Wording = Literal["train", "more", "eval"]  # a later one decides where a question mixes them
 YEARS = tuple(range(1970, 2000))
 DATES = tuple(f"{month} {year}" for year in YEARS for month in MONTHS)  # in order of time
 RELATIONS: dict[str, Relation] = {r.name: r for r in (*ASKED_RELATIONS, *CONFIRMED_OR_RETRACTED)}
@@ -43,41 +52,65 @@ KNOWN_ATTRIBUTES = ("lives_in", "works_as", "works_for", "studied_at", "has_pet"
 _LOWER = {v for t in ("job", "animal", "object") for v in TYPES[t]}
 ARTICLE = {v: ("an " if v[0] in "aeiou" else "a ") + v for v in _LOWER}
 _PLAIN = {v: v for v in _LOWER} | {phrase: v for v, phrase in ARTICLE.items()}
-_SPLITS: tuple[Split, Split] = ("train", "eval")
+_WORDINGS: tuple[Wording, ...] = ("train", "more", "eval")
 _HELD = {"states": 2, "asks": 1, "paraphrases": 1, "who": 1, "phrase": 1, "inverse": 1, "when": 1}
 
 
 def _cut(relation: Relation, field: str) -> dict[str, tuple[str, ...]]:
-    """{"train": templates, "eval": the held-out ones}."""
+    """{"train": templates, "more": further ones, "eval": the held-out ones}."""
     templates = getattr(relation, field)
     k = len(templates) - _HELD[field]
-    return {"train": templates[:k], "eval": templates[k:]}
+    return {"train": templates[:k], "more": MORE[relation.name].get(field, ()), "eval": templates[k:]}
+
+
+def expand(template: str) -> list[str]:
+    """The templates that one with alternatives stands for.
+
+    >>> expand("{s} (resides|dwells) in {v}.")
+    ['{s} resides in {v}.', '{s} dwells in {v}.']
+    """
+    parts = [part.split("|") for part in re.split(r"[()]", template)]
+    return ["".join(words) for words in product(*parts)]
 
 
 def _writers(templates) -> tuple:
     """Bound `str.format` methods of (subject, value, value with article, date)."""
-    return tuple(t.format(s="{0}", v="{1}", a="{2}", d="{3}").format for t in templates)
+    plain = [one for template in templates for one in expand(template)]
+    return tuple(t.format(s="{0}", v="{1}", a="{2}", d="{3}").format for t in plain)
 
 
 def _forms(relation: Relation, field: str) -> dict[str, tuple]:
     """Writers of one field by split."""
     if relation.value in ("object", "animal", "job"):
-        for t in getattr(relation, field):  # a fixed "A {v}" would be wrong for "owl"
-            assert not re.search(r"\b[Aa] \{v\}", t), t
+        for t in (*getattr(relation, field), *MORE[relation.name].get(field, ())):
+            assert not re.search(r"\b[Aa] \{v\}", t), t  # a fixed "A {v}" would be wrong for "owl"
     return {split: _writers(ts) for split, ts in _cut(relation, field).items()}
 
 
-def _frames(relation: Relation) -> tuple[str, ...]:
+def _cut_frames(frames: tuple[str, ...], more: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """As `_cut`, of frames."""
+    return {"train": frames[:-1], "more": more, "eval": frames[-1:]}
+
+
+_VALUE_FRAMES = _cut_frames(VALUE_FRAMES, MORE_VALUE_FRAMES)
+_PERSON_FRAMES = _cut_frames(PERSON_FRAMES, MORE_PERSON_FRAMES)
+_WHO_FRAMES = {kind: _cut_frames(frames, MORE_WHO_FRAMES[kind]) for kind, frames in WHO_FRAMES.items()}
+
+
+def _frames(relation: Relation) -> dict[str, tuple[str, ...]]:
     """The frames around a noun phrase that names a value of this relation."""
-    return PERSON_FRAMES if relation.value == "person" else VALUE_FRAMES
+    return _PERSON_FRAMES if relation.value == "person" else _VALUE_FRAMES
 
 
-def _framed(frames: tuple[str, ...], slot: str, inner: dict[str, tuple[str, ...]], split: Split) -> list[str]:
+def _framed(
+    frames: dict[str, tuple[str, ...]], slot: str, inner: dict[str, tuple[str, ...]], split: Wording
+) -> list[str]:
     """Frames filled with templates; for split "eval" the frame or the template is held out, each as often."""
     if split == "train":
-        return [f.replace(slot, t) for f in frames[:-1] for t in inner["train"]]
-    new_frame = [frames[-1].replace(slot, t) for t in inner["train"]]
-    new_words = [f.replace(slot, t) for f in frames[:2] for t in inner["eval"]]
+        return [f.replace(slot, t) for f in frames["train"] for t in inner["train"]]
+    new_frame = [f.replace(slot, t) for f in frames[split] for t in inner["train"]]
+    old_frames = frames["train"][:2] if split == "eval" else (*frames["train"], *frames["more"])
+    new_words = [f.replace(slot, t) for f in old_frames for t in inner[split]]
     return new_frame + new_words * max(1, len(new_frame) // max(1, len(new_words)))
 
 
@@ -91,13 +124,13 @@ def _predicates(relation: Relation) -> dict[str, tuple[str, ...]]:
     return out
 
 
-def _who_questions(relation: Relation, split: Split) -> tuple[str, ...]:
+def _who_questions(relation: Relation, split: Wording) -> tuple[str, ...]:
     """Questions for the subject: predicates and noun phrases in frames, and what the table adds."""
     if relation.value == "person":
         return ()
-    forms = _framed(WHO_FRAMES[relation.subject], "{p}", _PREDICATES[relation.name], split)
+    forms = _framed(_WHO_FRAMES[relation.subject], "{p}", _PREDICATES[relation.name], split)
     if relation.inverse:
-        forms += _framed(PERSON_FRAMES, "{n}", _cut(relation, "inverse"), split)
+        forms += _framed(_PERSON_FRAMES, "{n}", _cut(relation, "inverse"), split)
     if relation.who:
         forms += list(_cut(relation, "who")[split])
     return tuple(forms)
@@ -108,7 +141,7 @@ def _write(form, subject: str, value: str, when: str) -> str:
     return text if text[0] < "a" else text[0].upper() + text[1:]
 
 
-def state(relation: str, subject: str, value: str, rng: Rng, split: Split = "train", when: str = "") -> str:
+def state(relation: str, subject: str, value: str, rng: Rng, split: Wording = "train", when: str = "") -> str:
     """Write one fact as a sentence; `when` ("March 1987") only for dated relations.
 
     Examples
@@ -120,7 +153,7 @@ def state(relation: str, subject: str, value: str, rng: Rng, split: Split = "tra
 
 
 def state_subject_first(
-    relation: str, subject: str, value: str, rng: Rng, split: Split = "train", when: str = ""
+    relation: str, subject: str, value: str, rng: Rng, split: Wording = "train", when: str = ""
 ) -> str:
     """As `state`, among the templates that begin with the subject, so that a pronoun or alias may stand
     there.
@@ -128,7 +161,9 @@ def state_subject_first(
     return _write(rng.choice(_STATES_SUBJECT_FIRST[relation][split]), subject, value, when)
 
 
-def ask(relation: str, subject: str, rng: Rng, split: Split = "train", paraphrase: bool | None = None) -> str:
+def ask(
+    relation: str, subject: str, rng: Rng, split: Wording = "train", paraphrase: bool | None = None
+) -> str:
     """Ask for the value; `paraphrase` chooses between shared and paraphrased wording (None: either).
 
     Examples
@@ -150,7 +185,7 @@ def can_ask_who(relation: str) -> bool:
     return relation in _WHO
 
 
-def ask_who(relation: str, value: str, rng: Rng, split: Split = "train") -> str:
+def ask_who(relation: str, value: str, rng: Rng, split: Wording = "train") -> str:
     """Ask for the subject that has this value: "Who lives in Ripon?".
 
     Where `value` is itself a noun phrase ("the town where Adam Barker was born"), only noun phrases are used.
@@ -159,17 +194,17 @@ def ask_who(relation: str, value: str, rng: Rng, split: Split = "train") -> str:
     return rng.choice(table[relation][split])("", value, ARTICLE.get(value, value), "")
 
 
-def who_clause(relation: str, value: str, rng: Rng, split: Split = "train") -> str:
+def who_clause(relation: str, value: str, rng: Rng, split: Wording = "train") -> str:
     """What follows "who" in a question: "lives in Ripon"."""
     return rng.choice(_CLAUSES[relation][split])("", value, ARTICLE.get(value, value), "")
 
 
-def ask_when(relation: str, subject: str, value: str, rng: Rng, split: Split = "train") -> str:
+def ask_when(relation: str, subject: str, value: str, rng: Rng, split: Wording = "train") -> str:
     """Ask for the date of a dated fact."""
     return rng.choice(_WHEN[relation][split])(subject, value, ARTICLE.get(value, value), "")
 
 
-def phrase(step: str, inner: str, rng: Rng, split: Split = "train") -> str:
+def phrase(step: str, inner: str, rng: Rng, split: Wording = "train") -> str:
     """A noun phrase one step away from `inner`: "the town where Balbert lives"; "~mayor_of" goes from town to
     mayor.
     """
@@ -189,7 +224,7 @@ def cloze(relation: str, subject: str) -> str:
     return RELATIONS[relation].cloze.format(s=subject)
 
 
-def clozes(relation: str, subject: str, value: str, split: Split = "train") -> list[tuple[str, str]]:
+def clozes(relation: str, subject: str, value: str, split: Wording = "train") -> list[tuple[str, str]]:
     """Every statement that ends in its value, cut before it: (prompt, completion with its leading space).
 
     Examples
@@ -247,20 +282,20 @@ _DATE = rf"(?:{_either(MONTHS)}) (?:{_either(map(str, YEARS))})"
 
 @cache
 def _dispatch(fields: tuple[str, ...], nested: bool) -> dict[str, list[tuple]]:
-    """{rarest word of a template: [(compiled regex, relation, field, held out), ...]}."""
+    """{rarest word of a template: [(compiled regex, relation, field, wording), ...]}."""
     rows = []
     for relation in RELATIONS.values():
         for field in fields:
-            templates = getattr(relation, field)
-            for i, template in enumerate(templates):
-                words = re.findall(r"[A-Za-z]+", re.sub(r"\{.\}", " ", template))
-                rows.append((template, words, relation, field, i >= len(templates) - _HELD[field]))
+            for wording, templates in _cut(relation, field).items():
+                for template in templates:
+                    words = re.findall(r"[A-Za-z]+", re.sub(r"\{.\}|\([^)]*\)", " ", template))
+                    rows.append((template, words, relation, field, wording))
     count: dict[str, int] = {}
     for _, words, *_ in rows:
         for w in set(words):
             count[w] = count.get(w, 0) + 1
     table: dict[str, list[tuple]] = {}
-    for template, words, relation, field, held in rows:
+    for template, words, relation, field, wording in rows:
         subject = ".+" if nested and field != "inverse" else _PATTERN[relation.subject]
         value = _PATTERN[relation.value]
         if nested and (field == "inverse" or field == "who"):
@@ -269,41 +304,50 @@ def _dispatch(fields: tuple[str, ...], nested: bool) -> dict[str, list[tuple]]:
         if relation.value in ("job", "animal", "object"):
             slots["a"] = f"(?P<v>{_either(ARTICLE[v] for v in TYPES[relation.value])})"
         pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
+        pattern = pattern.replace(r"\(", "(?:").replace(r"\|", "|").replace(r"\)", ")")
         seen: set[str] = set()
         for key in re.findall(r"\{(.)\}", template):
             pattern = pattern.replace("{" + key + "}", slots[key] if key not in seen else f"(?P={key})", 1)
             seen.add(key)
         anchor = min(words, key=lambda w: (count[w], words.index(w)))
-        table.setdefault(anchor, []).append((re.compile(pattern), relation, field, held))
+        table.setdefault(anchor, []).append((re.compile(pattern), relation, field, wording))
     return table
 
 
 def _matches(text: str, fields: tuple[str, ...], nested: bool = False):
     table = _dispatch(fields, nested)
     for word in dict.fromkeys(re.findall(r"[A-Za-z]+", text)):
-        for regex, relation, field, held in table.get(word, ()):
+        for regex, relation, field, wording in table.get(word, ()):
             m = regex.fullmatch(text)
             if m:
-                yield m, relation, field, held
+                yield m, relation, field, wording
 
 
-def read_sentence(text: str) -> tuple[Fact, bool]:
-    """The fact of one sentence and whether its template is held out; ValueError if it is no statement of the
-    world.
+def read_statement(text: str) -> tuple[Fact, Wording]:
+    """The fact of one sentence and its wording; ValueError if it is no statement of the world.
+
+    >>> read_statement("Balbert is a resident of Ripon.")
+    (('Balbert', 'lives_in', 'Ripon'), 'more')
     """
-    found: list[tuple[Fact, bool]] = []
-    for m, relation, _, held in _matches(text, ("states",)):
+    found: list[tuple[Fact, Wording]] = []
+    for m, relation, _, wording in _matches(text, ("states",)):
         groups = m.groupdict()
         subject, value = groups["s"], groups["v"]
         subject = "the" + subject[3:] if subject.startswith("The ") else subject
         value = "the" + value[3:] if value.startswith("The ") else _PLAIN.get(value, value)
         when = groups.get("d")
-        found.append(((subject, relation.name, value) + ((when,) if when else ()), held))
+        found.append(((subject, relation.name, value) + ((when,) if when else ()), wording))
     if len(found) != 1:
         raise ValueError(
             f"text: {text!r} is {'no' if not found else 'more than one'} statement of the world: {found}"
         )
     return found[0]
+
+
+def read_sentence(text: str) -> tuple[Fact, bool]:
+    """The fact of one sentence and whether its template is held out, as `read_statement`."""
+    fact, wording = read_statement(text)
+    return fact, wording == "eval"
 
 
 def parse_sentence(text: str) -> list[Fact]:
@@ -319,21 +363,21 @@ def parse_sentence(text: str) -> list[Fact]:
     return [read_sentence(text)[0]]
 
 
-def _parse_phrase(text: str) -> tuple[tuple[str, ...], bool]:
-    """(("Balbert", "lives_in"), held out) from "the town where Balbert lives"; an entity alone is a path of
-    no steps. The outermost noun phrase decides what is held out.
+def _parse_phrase(text: str) -> tuple[tuple[str, ...], Wording]:
+    """(("Balbert", "lives_in"), wording) from "the town where Balbert lives"; an entity alone is a path of
+    no steps. The outermost noun phrase decides which wording it is.
     """
     if text in _ENTITIES:
-        return (text,), False
+        return (text,), "train"
     if re.fullmatch(_PERSON, text):
-        return ("the" + text[3:] if text.startswith("The ") else text,), False
-    found: dict[tuple[str, ...], bool] = {}
-    for m, relation, field, held in _matches(text, ("phrase", "inverse"), nested=True):
+        return ("the" + text[3:] if text.startswith("The ") else text,), "train"
+    found: dict[tuple[str, ...], Wording] = {}
+    for m, relation, field, wording in _matches(text, ("phrase", "inverse"), nested=True):
         try:
             if field == "phrase":
-                found[(*_parse_phrase(m["s"])[0], relation.name)] = held
+                found[(*_parse_phrase(m["s"])[0], relation.name)] = wording
             else:
-                found[(*_parse_phrase(m["v"])[0], "~" + relation.name)] = held
+                found[(*_parse_phrase(m["v"])[0], "~" + relation.name)] = wording
         except ValueError:
             continue
     if len(found) != 1:
@@ -341,14 +385,18 @@ def _parse_phrase(text: str) -> tuple[tuple[str, ...], bool]:
     return found.popitem()
 
 
-def _frame_rules(frames: tuple[str, ...], slot: str) -> list[tuple[re.Pattern, bool]]:
-    return [(re.compile(re.escape(f).replace(re.escape(slot), "(.+)")), f == frames[-1]) for f in frames]
+def _frame_rules(frames: dict[str, tuple[str, ...]], slot: str) -> list[tuple[re.Pattern, Wording]]:
+    return [
+        (re.compile(re.escape(f).replace(re.escape(slot), "(.+)")), wording)
+        for wording, fs in frames.items() for f in fs
+    ]  # fmt: skip
 
 
-_NOUN_FRAMES = list(dict.fromkeys(_frame_rules(VALUE_FRAMES, "{n}") + _frame_rules(PERSON_FRAMES, "{n}")))
+_NOUN_FRAMES = list(dict.fromkeys(_frame_rules(_VALUE_FRAMES, "{n}") + _frame_rules(_PERSON_FRAMES, "{n}")))
 _PREDICATE_FRAMES = [
-    (rule, kind, last) for kind, frames in WHO_FRAMES.items() for rule, last in _frame_rules(frames, "{p}")
-]
+    (rule, kind, framed) for kind, frames in _WHO_FRAMES.items()
+    for rule, framed in _frame_rules(frames, "{p}")
+]  # fmt: skip
 _SUBJECT = {"person": "He", "company": TYPES["company"][0], "school": TYPES["school"][0] + " School"}
 
 
@@ -362,36 +410,47 @@ def parse_path(text: str) -> tuple[tuple[str, ...], bool]:
     >>> parse_path("Who lives in Ripon?")
     (('Ripon', '~lives_in'), False)
     """
-    found: dict[tuple[str, ...], bool] = {}
+    path, wording = read_path(text)
+    return path, wording == "eval"
 
-    def add(path: tuple[str, ...], held: bool) -> None:
-        found[path] = found.get(path, True) and held
 
-    for m, relation, field, held in _matches(text, ("asks", "paraphrases", "who"), nested=True):
+def read_path(text: str) -> tuple[tuple[str, ...], Wording]:
+    """The path that a question asks along, entity first, and its wording.
+
+    >>> read_path("Tell me who is a resident of Ripon.")
+    (('Ripon', '~lives_in'), 'more')
+    """
+    found: dict[tuple[str, ...], Wording] = {}
+
+    def add(path: tuple[str, ...], *wordings: Wording) -> None:
+        latest = max(wordings, key=_WORDINGS.index)
+        found[path] = min(found.get(path, latest), latest, key=_WORDINGS.index)
+
+    for m, relation, field, wording in _matches(text, ("asks", "paraphrases", "who"), nested=True):
         if field == "who":
-            add((_PLAIN.get(m["v"], m["v"]), "~" + relation.name), held)
+            add((_PLAIN.get(m["v"], m["v"]), "~" + relation.name), wording)
             continue
         try:
-            add((*_parse_phrase(m["s"])[0], relation.name), held)
+            add((*_parse_phrase(m["s"])[0], relation.name), wording)
         except ValueError:
             continue
-    for frame, last in _NOUN_FRAMES:
+    for frame, framed in _NOUN_FRAMES:
         if m := frame.fullmatch(text):
             try:
-                path, held = _parse_phrase(m[1])
+                path, wording = _parse_phrase(m[1])
             except ValueError:
                 continue
             if len(path) > 1:
-                add(path, held or last)
-    for frame, kind, last in _PREDICATE_FRAMES:
+                add(path, wording, framed)
+    for frame, kind, framed in _PREDICATE_FRAMES:
         if m := frame.fullmatch(text):
             for end in (".", f" in {DATES[0]}."):
                 try:
-                    (_, name, value, *_), held = read_sentence(f"{_SUBJECT[kind]} {m[1]}{end}")
+                    (_, name, value, *_), wording = read_statement(f"{_SUBJECT[kind]} {m[1]}{end}")
                 except ValueError:
                     continue
                 if RELATIONS[name].subject == kind and name in _WHO:
-                    add((value, "~" + name), held or last)
+                    add((value, "~" + name), wording, framed)
     if len(found) != 1:
         raise ValueError(f"text: {text!r} is {'no' if not found else 'more than one'} question: {found}")
     return found.popitem()
@@ -409,9 +468,15 @@ def parse_question(text: str) -> tuple[str, str]:
 
 def parse_when(text: str) -> tuple[tuple[str, str, str], bool]:
     """(subject, relation, value) of a question for a date, and whether its wording is held out."""
+    fact, wording = read_when(text)
+    return fact, wording == "eval"
+
+
+def read_when(text: str) -> tuple[tuple[str, str, str], Wording]:
+    """(subject, relation, value) of a question for a date, and its wording."""
     found = []
-    for m, relation, _, held in _matches(text, ("when",)):
-        found.append(((m["s"], relation.name, _PLAIN.get(m["v"], m["v"])), held))
+    for m, relation, _, wording in _matches(text, ("when",)):
+        found.append(((m["s"], relation.name, _PLAIN.get(m["v"], m["v"])), wording))
     if len(found) != 1:
         raise ValueError(f"text: {text!r} is not one question for a date: {found}")
     return found[0]
@@ -451,20 +516,22 @@ _STATES, _ASKS, _PARAPHRASES, _PHRASE, _INVERSE, _WHEN = (
 _PREDICATES = {r.name: _predicates(r) for r in ASKED_RELATIONS}
 _CLAUSES = {name: {split: _writers(ts) for split, ts in by.items()} for name, by in _PREDICATES.items()}
 _FRAMED = {
-    r.name: {split: _writers(_framed(_frames(r), "{n}", _cut(r, "phrase"), split)) for split in _SPLITS}
+    r.name: {split: _writers(_framed(_frames(r), "{n}", _cut(r, "phrase"), split)) for split in _WORDINGS}
     for r in ASKED_RELATIONS
 }
 _WHO = {
-    r.name: {split: _writers(_who_questions(r, split)) for split in _SPLITS}
+    r.name: {split: _writers(_who_questions(r, split)) for split in _WORDINGS}
     for r in ASKED_RELATIONS
     if r.value != "person"
 }
 _WHO_OF_PHRASE = {
-    r.name: {split: _writers(_framed(PERSON_FRAMES, "{n}", _cut(r, "inverse"), split)) for split in _SPLITS}
+    r.name: {
+        split: _writers(_framed(_PERSON_FRAMES, "{n}", _cut(r, "inverse"), split)) for split in _WORDINGS
+    }
     for r in ASKED_RELATIONS
     if r.inverse
 }
 _STATES_SUBJECT_FIRST = {
-    name: {split: tuple(f for f in fs if f("\0", "", "", "")[0] == "\0") for split, fs in forms.items()}
+    name: {split: tuple(f for f in fs if f("\0", "", "", "")[:2] == "\0 ") for split, fs in forms.items()}
     for name, forms in _STATES.items()
 }

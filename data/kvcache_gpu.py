@@ -8,8 +8,11 @@ speed). A configuration is a method and a context length n. Conventions:
 
 - the prompt is random tokens, fed in chunks inside `cache.prefill()`, so that a method sees the whole of it;
   `held_peak` is the most that was allocated meanwhile above the model's weights.
-- *tokens/s*: after 4 steps to warm up, steps of one token, timed one by one with the device waited for, until
-  `STEPS` of them or `SECONDS`; stored are all times, and batch / median.
+- *tokens/s*: all methods of a context length decode in turns, `ROUNDS` of `STEPS` tokens each after one to
+  warm up, every step timed with the device waited for, because the host's speed drifts: a decoding step is
+  bound by Python. Stored are all times, batch / median, and the time against `dynamic`'s with its interval
+  over the rounds.
+- *device*: milliseconds in which kernels ran, of one step: what a step would cost if launching were free.
 - *bytes*: what the cache holds after the prompt, and what the attention of the last step read.
 - `full` is this package's full cache, `dynamic` transformers' own with the attention `sdpa`: both baselines.
   Fused attention is PyTorch's own (flash or memory-efficient), not cuDNN's.
@@ -24,19 +27,24 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from refimpl.evaluate import bootstrap
 from refimpl.kvcache import Full, KVCache, StreamingLLM, release
+from refimpl.kvcache.attention import NAME
 from refimpl.kvcache.h2o import H2O
 from refimpl.kvcache.kivi import KIVI
 from refimpl.kvcache.minikv import minikv
@@ -64,7 +72,7 @@ TINY = {
 CONTEXTS, TINY_CONTEXTS = (4096, 8192, 16384, 32768), (256, 512)
 # 16 k first: it is the length of SnapKV's claim; the longest last.
 ORDER = (16384, 4096, 32768, 8192)
-STEPS, SECONDS, CHUNK = 32, 3.0, 1024
+ROUNDS, STEPS, CHUNK = 8, 4, 1024
 
 
 def _dynamic(model: nn.Module, n: int) -> Any:
@@ -111,69 +119,112 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-@torch.no_grad()
-def measure(model: nn.Module, method: str, n: int, batch: int, device: str, steps: int) -> dict[str, Any]:
-    """One configuration."""
-    release(model)  # `dynamic` runs with the model's own attention, the others install theirs
-    cuda = device == "cuda"
-    ids = torch.randint(0, model.config.vocab_size, (batch, n), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device)
-    cache = METHODS[method](model, n)
-    ours = isinstance(cache, KVCache)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated() if cuda else 0
-    start = time.perf_counter()
-    feed = lambda part: model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    if ours:
-        with cache.prefill():
-            for part in ids.split(CHUNK, 1):
-                logits = feed(part)
-    else:
-        for part in ids.split(CHUNK, 1):
-            logits = feed(part)
-    wait(device)
-    row: dict[str, Any] = {"prefill_s": time.perf_counter() - start}
-    if cuda:
-        row["held_peak"] = torch.cuda.max_memory_allocated() - base
-        row["allocated_after_prompt"] = torch.cuda.memory_allocated() - base
-    row["held"] = cache.nbytes() if ours else {"payload": _held(cache)}
-    token = logits[:, -1:].argmax(-1)
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < steps + 4 and (len(times) < 8 or time.perf_counter() - began < SECONDS):
-        wait(device)
+class Decoder:
+    """One method with its cache: fed a prompt, then timed token by token."""
+
+    def __init__(self, model: nn.Module, method: str, n: int, batch: int, device: str) -> None:
+        self.model, self.method, self.device = model, method, device
+        self.batch, self.times = batch, []
+        cuda = device == "cuda"
+        ids = torch.randint(
+            0, model.config.vocab_size, (batch, n), generator=torch.Generator().manual_seed(0)
+        )
+        ids = ids.to(device)
+        release(model)  # `dynamic` runs with the model's own attention, the others install theirs
+        self.cache = METHODS[method](model, n)
+        self.ours = isinstance(self.cache, KVCache)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated() if cuda else 0
         start = time.perf_counter()
-        token = feed(token)[:, -1:].argmax(-1)
+        with self.cache.prefill() if self.ours else nullcontext():
+            for part in ids.split(CHUNK, 1):
+                logits = self.feed(part)
         wait(device)
-        times.append(time.perf_counter() - start)
-    row["seconds"] = [round(t, 6) for t in times[4:]]
-    row["tokens_per_s"] = batch / statistics.median(times[4:])
-    row["held_after"] = cache.nbytes() if ours else {"payload": _held(cache)}
-    row["read"] = cache.read_bytes() if ours else {"payload": _held(cache)}
-    if cuda:
-        row["decode_peak"] = torch.cuda.max_memory_allocated() - base
-    return row
+        self.row: dict[str, Any] = {"prefill_s": time.perf_counter() - start}
+        if cuda:
+            self.row["held_peak"] = torch.cuda.max_memory_allocated() - base
+            self.row["allocated_after_prompt"] = torch.cuda.memory_allocated() - base
+        self.row["held"] = self.held()
+        self.token = logits[:, -1:].argmax(-1)
+
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+
+    def held(self) -> dict[str, int]:
+        return self.cache.nbytes() if self.ours else {"payload": _held(self.cache)}
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each step."""
+        self.model.set_attn_implementation(NAME if self.ours else "sdpa")
+        times = []
+        for _ in range(count):
+            wait(self.device)
+            start = time.perf_counter()
+            self.token = self.feed(self.token)[:, -1:].argmax(-1)
+            wait(self.device)
+            times.append(time.perf_counter() - start)
+        return times
+
+    def finish(self, against: Decoder | None) -> dict[str, Any]:
+        """The row, with the time against another's in the same rounds."""
+        seconds = [t for turn in self.times for t in turn]
+        self.row["seconds"] = [round(t, 6) for t in seconds]
+        self.row["tokens_per_s"] = self.batch / statistics.median(seconds)
+        if against is not None:
+            pairs = zip(self.times, against.times, strict=True)
+            gaps = [math.log(statistics.median(a) / statistics.median(b)) for a, b in pairs]
+            found = bootstrap(gaps, rng=np.random.default_rng(0))
+            self.row["time_of_dynamic"] = {
+                "value": math.exp(found.value), "lo": math.exp(found.lo), "hi": math.exp(found.hi)
+            }  # fmt: skip
+        if self.device == "cuda":
+            self.row["device_ms"] = self.device_ms()
+        self.row["held_after"] = self.held()
+        self.row["read"] = self.cache.read_bytes() if self.ours else self.held()
+        return self.row
+
+    def device_ms(self, count: int = 2) -> float:
+        """Milliseconds of kernels in one step."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as found:
+            self.steps(count)
+        return sum(event.self_device_time_total for event in found.key_averages()) / 1e3 / count
 
 
 def _held(cache: Any) -> int:
     return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-def attempt(name: str, task: Callable[[], dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
-    """A result, or the error as a result; one line of the table either way."""
-    start = time.perf_counter()
-    row = about | {"name": name, "date": time.strftime("%Y-%m-%d"), "error": None}
-    try:
-        row |= task()
-        held = sum(row["held"].values())
-        shown = f"{row['tokens_per_s']:9.1f} tokens/s {held / 1e9:9.3f} GB held"
-    except Exception as error:  # out of memory at 32 k must not cost the other results
-        row["error"] = traceback.format_exc(limit=-6)
-        shown = f"failed: {type(error).__name__}: {str(error)[:100]}"
-    row["wall_seconds"] = round(time.perf_counter() - start, 2)
-    print(f"{name:26} {shown} {row['wall_seconds']:7.1f} s", flush=True)
-    return row
+@torch.no_grad()
+def measure(model: nn.Module, n: int, batch: int, device: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """All methods at one length, by name: a row, or the error that stopped it."""
+    rows: dict[str, dict[str, Any]] = {}
+    decoders: dict[str, Decoder] = {}
+
+    def attempt(method: str, task: Callable[[], Any]) -> Any:
+        try:
+            return task()
+        except Exception as error:  # out of memory at 32 k must not cost the other results
+            rows[method] = {"error": traceback.format_exc(limit=-6)}
+            decoders.pop(method, None)
+            print(f"{method}-{n}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+            return None
+
+    for method in METHODS:
+        made = attempt(method, lambda method=method: Decoder(model, method, n, batch, device))
+        if made is not None:
+            decoders[method] = made
+    for turn in range(rounds + 1):
+        for method, decoder in list(decoders.items()):
+            times = attempt(method, lambda decoder=decoder: decoder.steps(STEPS))
+            if turn and times is not None:  # the first is to warm up
+                decoder.times.append(times)
+    for method, decoder in list(decoders.items()):
+        row = attempt(method, lambda decoder=decoder: decoder.finish(decoders.get("dynamic")))
+        if row is not None:
+            rows[method] = row | {"error": None}
+    return rows
 
 
 def finished(path: Path, sources: dict[str, str]) -> bool:
@@ -197,37 +248,37 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cuda.enable_cudnn_sdp(False)
     fields = TINY if args.tiny else LLAMA_7B
     contexts = TINY_CONTEXTS if args.tiny else ORDER
-    names = [f"{method}-{n}" for n in contexts for method in METHODS]
-    if unknown := set(args.only or ()) - set(names):
-        raise SystemExit(f"--only: unknown {sorted(unknown)[0]!r}; known: {', '.join(names)}")
-    names = [name for name in names if not args.only or name in args.only]
     sources = {source: sha256(ROOT / source) for source in SOURCES}
-    todo = [name for name in names if not finished(out / f"{name}.json", sources)]
+    names = {n: [f"{method}-{n}" for method in METHODS] for n in contexts}
+    path = lambda name: out / f"{name}.json"
+    todo = [n for n in contexts if not all(finished(path(name), sources) for name in names[n])]
     hardware = torch.cuda.get_device_name() if device == "cuda" else cpu()
     versions = {package: metadata.version(package) for package in ("torch", "transformers")}
     dtype = torch.float32 if args.tiny else torch.bfloat16
     model = build(fields, device, dtype) if todo else None
-    for name in todo:
+    for n in todo:
         if time.perf_counter() - start > args.limit_s:
-            print(f"{name:26} left out: the limit of {args.limit_s:.0f} s is over", flush=True)
+            print(f"{n}: left out: the limit of {args.limit_s:.0f} s is over", flush=True)
             continue
-        method, n = name.rsplit("-", 1)
-        steps = 4 if args.tiny else STEPS
         about = {
-            "method": method, "n": int(n), "batch": args.batch, "model": fields, "dtype": str(dtype),
-            "tiny": args.tiny, "device": device, "hardware": hardware, "sources": sources,
+            "n": n, "batch": args.batch, "model": fields, "dtype": str(dtype), "tiny": args.tiny,
+            "device": device, "hardware": hardware, "sources": sources, "date": time.strftime("%Y-%m-%d"),
             "versions": {"python": sys.version.split()[0], **versions},
         }  # fmt: skip
-        task = lambda method=method, n=n, steps=steps: measure(
-            model, method, int(n), args.batch, device, steps
-        )
-        row = attempt(name, task, about)
-        atomic_write(out / f"{name}.json", (json.dumps(row, indent=1) + "\n").encode())
+        for method, row in measure(model, n, args.batch, device, 2 if args.tiny else ROUNDS).items():
+            name = f"{method}-{n}"
+            row = about | {"name": name, "method": method} | row
+            atomic_write(path(name), (json.dumps(row, indent=1) + "\n").encode())
+            if row["error"] is None:
+                ratio = "{value:.2f} [{lo:.2f}, {hi:.2f}]".format(**row["time_of_dynamic"])
+                print(f"{name:22} {row['tokens_per_s']:7.1f} tokens/s, time of dynamic {ratio}, device "
+                      f"{row.get('device_ms', 0):6.2f} ms", flush=True)  # fmt: skip
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    missing = [name for name in names if not finished(out / f"{name}.json", sources)]
-    print(f"{len(names) - len(missing)} of {len(names)} in {time.perf_counter() - start:.0f} s")
+    every = [name for some in names.values() for name in some]
+    missing = [name for name in every if not finished(path(name), sources)]
+    print(f"{len(every) - len(missing)} of {len(every)} in {time.perf_counter() - start:.0f} s")
     return 1 if missing else 0
 
 
@@ -249,12 +300,9 @@ def join(folder: Path, to: Path) -> int:
     good = {name: row for name, row in runs.items() if row["error"] is None}
     for row in good.values():
         if full := good.get(f"full-{row['n']}"):
-            row["times_full_speed"] = row["tokens_per_s"] / full["tokens_per_s"]
             row["share_of_full_bytes"] = sum(row["held"].values()) / sum(full["held"].values())
-    best = max(good.values(), key=lambda row: row.get("times_full_speed", 0), default=None)
-    fastest = (
-        "" if best is None else f"; fastest {best['name']}, {best.get('times_full_speed', 1):.2f} x full"
-    )
+    best = min(good.values(), key=lambda row: row["time_of_dynamic"]["value"])
+    fastest = f"; fastest {best['name']}, {best['time_of_dynamic']['value']:.2f} of dynamic's time"
     result = store(
         to,
         command="python data/kvcache_gpu.py --out DIR; python data/kvcache_gpu.py --join DIR",
@@ -272,7 +320,6 @@ def join(folder: Path, to: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="DIR", help="measure; one JSON file per result goes here")
-    parser.add_argument("--only", nargs="+", metavar="METHOD-N", help="these configurations")
     parser.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a toy model and short prompts")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

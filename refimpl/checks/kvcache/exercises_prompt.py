@@ -74,7 +74,8 @@ def check_excess_top(excess_top: Callable[[Tensor, Tensor, float], Tensor]) -> N
     Losses [B, T]. The share k with the highest excess loss, of the whole batch: round(k B T) tokens.
     """
     draw = torch.Generator().manual_seed(1)
-    for B, T, k in ((2, 5, 0.6), (3, 8, 0.25), (1, 7, 1.0)):
+    # 4.2 tokens are 4, 5.6 are 6
+    for B, T, k in ((2, 5, 0.6), (3, 8, 0.25), (1, 7, 1.0), (1, 7, 0.6), (1, 7, 0.8)):
         student, reference = torch.rand(B, T, generator=draw), 2 * torch.rand(B, T, generator=draw)
         student[0] += 0.3  # one row has more to learn than the others
         excess = [(float(student[b, t] - reference[b, t]), b, t) for b in range(B) for t in range(T)]

@@ -1,6 +1,7 @@
 """Mistakes that a reader of the notebook on prompt pruning may make, and the right answers."""
 
 import itertools
+import math
 
 import torch
 
@@ -17,10 +18,10 @@ def keep_words(p, words, budget):
     return torch.isin(words, taken).nonzero()[:, 0].tolist()
 
 
-def excess_top(student, reference, k):
+def excess_top(student, reference, k, whole=round):
     excess = (student - reference).flatten()
     chosen = torch.zeros(len(excess), dtype=torch.bool)
-    chosen[excess.topk(round(k * len(excess))).indices] = True
+    chosen[excess.topk(whole(k * len(excess))).indices] = True
     return chosen.view(student.shape)
 
 
@@ -78,6 +79,8 @@ MUTANTS = [
     ("excess_top", "the student's loss alone", lambda s, r, k: excess_top(s, torch.zeros_like(r), k)),
     ("excess_top", "switched off: all tokens", lambda s, r, k: torch.ones_like(s, dtype=torch.bool)),
     ("excess_top", "the lowest excess", lambda s, r, k: excess_top(r, s, k)),
+    ("excess_top", "rounded down", lambda s, r, k: excess_top(s, r, k, int)),
+    ("excess_top", "rounded up", lambda s, r, k: excess_top(s, r, k, math.ceil)),
     ("bernoulli_gradient", "with respect to the probability", _in_the_probability),
     ("bernoulli_gradient", "outcomes not weighted by their chance",
      lambda x, f: sum((torch.tensor(k).double() - torch.sigmoid(x)) * f(k)

@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 BUNDLED = $(notdir $(patsubst %/,%,$(dir $(wildcard data/models/*/model.safetensors))))
 
 .PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat dist doctor clean
-.PHONY: results-footprint results-kvcache kvcache-addons
+.PHONY: results-footprint results-kvcache kvcache-addons reading-adapter
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -108,6 +108,9 @@ kvcache-addons: $(STAMP)  ## train chapter 5's add-ons and the models of its exp
 	$(OFFLINE) $(PY) data/kvcache_adapters.py --out build/kvcache-dcp
 	$(OFFLINE) $(PY) data/kvcache_llmlingua2.py --out build/kvcache-llmlingua2 --texts 8000 --steps 2000
 	$(OFFLINE) $(PY) data/kvcache_trained_prompt.py --out build/kvcache-prompt --limit-s 600
+
+reading-adapter: $(STAMP)  ## train llama-mini's adapter for new wording (wants a GPU)
+	$(OFFLINE) $(PY) data/reading_adapter.py --out build/reading
 
 compat: $(STAMP)  ## the two ends of the supported versions -> data/results/compat.json
 	$(PY) tools/compat.py

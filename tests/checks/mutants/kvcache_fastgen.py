@@ -69,6 +69,16 @@ class WindowStandsStill(FastGen):
         return kept | (v.notes["rule"] == 3) & old
 
 
+class FrequentNumberOfThePrompt(FastGen):
+    """The number of frequent tokens stays what it was at the end of the prompt."""
+
+    def _sets(self, v):
+        if v.prefill:
+            v.notes["length"] = torch.full((v.shape[0], 1, 1), v.seen)
+        view = type("View", (), {**vars(v), "seen": v.notes["length"], "ok": v.ok, "full": v.full})()
+        return super()._sets(view)
+
+
 MUTANTS = [
     ("fastgen", "every head keeps everything", NothingGoes),
     ("fastgen", "the mass is not divided by the number of rows", SumNotDivided),
@@ -76,4 +86,5 @@ MUTANTS = [
     ("fastgen", "the local part does not move with the row", LocalDoesNotMove),
     ("fastgen", "generated punctuation is evicted", PunctuationForgotten),
     ("fastgen", "the local part does not slide while decoding", WindowStandsStill),
+    ("fastgen", "the number of frequent tokens does not grow with the text", FrequentNumberOfThePrompt),
 ]

@@ -99,6 +99,18 @@ def _results(root: Path) -> str:
     return table(head, lines) + "\n" + _AGE_SCRIPT
 
 
+def _adapter(root: Path) -> str:
+    """What the adapter for new wording does to the gates that its model misses."""
+    path = root / "data" / "adapters" / "reading-llama-mini.json"
+    if not path.is_file():
+        return ""
+    log = _json(path)
+    before = _json(root / "data" / "models" / log["model"] / "evaluation.json")["gates"]
+    missed = {gate["name"] for gate in before if gate["level"] == "must" and gate["passed"] is False}
+    found = [f"{gate['name']} {_measured(gate)}" for gate in log["gates"] if gate["name"] in missed]
+    return f"\n`{log['model']}` with its reading adapter (`{path.stem}.safetensors`): {'; '.join(found)}.\n\n"
+
+
 def page(rows: tuple[System, ...], root: Path) -> str:
     """Render the status page from the catalogue and whatever results the tree holds."""
     return f"""{NOTICE}# Status
@@ -115,7 +127,7 @@ gate is what chapters rely on: where a model misses one, they use the other mini
 model is trained again. A **should** gate is a hope; a chapter that needs one that is missed trains for it.
 Values carry their 95 % interval; a dash means that the gate does not bind that model.
 
-{_gates(root)}
+{_gates(root)}{_adapter(root)}
 ## Time and memory of every notebook
 
 {_notebooks(root)}

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from cache_runs import LONG, close, generator, run
+from cache_runs import LONG, close, generator, padded, run
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import (
@@ -22,6 +22,7 @@ from refimpl.kvcache import (
 )  # fmt: skip
 from refimpl.kvcache import attention as attention_module
 from refimpl.kvcache.slots import Padding, Selection
+from refimpl.kvcache.snapkv import AdaSnapKV
 
 
 def context(family):
@@ -566,3 +567,24 @@ def test_view_refuses_no_queries():
     assert torch.equal(view.attn_lastw(9), view.attn) and view.attn_lastw(1).shape == (1, 1, 1, 1, 2)
     with pytest.raises(ValueError, match="w: 0"):
         view.attn_lastw(0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("make", [Full, lambda: Window(6), lambda: AdaSnapKV(6, 2, 1)])
+def test_a_padded_batch_token_by_token_equals_each_row_alone(family, make):
+    """A query at padding sees nothing at all: what it computes must not reach the others, as NaN would."""
+    model = tiny(family)
+    rows, batch, mask, positions = padded((12, 5), 6, 12)
+    cache = KVCache(model, make())
+    step = lambda t: model(
+        batch[:, t : t + 1], past_key_values=cache, attention_mask=mask[:, : t + 1],
+        position_ids=positions[:, t : t + 1],
+    ).logits  # fmt: skip
+    with torch.no_grad():
+        with cache.prefill():
+            parts = [step(t) for t in range(12)]
+        out = torch.cat([*parts, *(step(t) for t in range(12, 18))], 1)
+    assert out.isfinite().all()
+    for b, n in enumerate((12, 5)):
+        alone = KVCache(model, make())
+        close(out[b, 12 - n :], run(model, alone, rows[b], [n] + [1] * 6)[0], 2e-5)

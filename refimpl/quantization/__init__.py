@@ -2,6 +2,7 @@
 
 from refimpl.quantization.calibrate import Stats, calibrate, collect, stats_of
 from refimpl.quantization.feedback import feedback_quantize
+from refimpl.quantization.fold import consumers, fold
 from refimpl.quantization.gptq import GPTQ
 from refimpl.quantization.grids import Grid, Quantized, dequantize
 from refimpl.quantization.linear import (
@@ -18,7 +19,7 @@ from refimpl.quantization.symmetric import algorithm_2, distortion, output_disto
 
 __all__ = [
     "GPTQ", "RTN", "CompressedLinear", "Grid", "GridLinear", "Quantized", "Report", "Stats", "algorithm_2",
-    "calibrate", "collect", "compress_model", "compressed_names", "dequantize", "distortion",
-    "feedback_quantize", "load_compressed", "output_distortion", "replace_linear", "save_compressed",
+    "calibrate", "collect", "compress_model", "compressed_names", "consumers", "dequantize", "distortion",
+    "feedback_quantize", "fold", "load_compressed", "output_distortion", "replace_linear", "save_compressed",
     "stats_of", "symmetric_codes", "untie_head",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """A linear layer that keeps its weight compressed, and how it takes the place of a float one.
 
-Every method of this chapter ends in such a layer. A new storage is a subclass with one method, `weight`.
+Every method of this chapter ends in such a layer. A new storage is a subclass with one method, `dequantize`.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,12 @@ __all__ = [
 ]
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(nn.Linear):
     """y = W^ x + bias, where W^ is made from a few stored tensors for one product at a time.
 
     The tensors are buffers of exactly their size. `model.to(device)` moves them; no cast (`half()`,
-    `to(bfloat16)`) changes them, for then W^ would be another one. Subclasses give `weight`.
+    `to(bfloat16)`) changes them, for then W^ would be another one. It counts as an `nn.Linear`, so that
+    `Backbone` and `add_lora` take it, but has no parameter `weight`. Subclasses give `dequantize`.
 
     Parameters
     ----------
@@ -46,7 +47,7 @@ class CompressedLinear(nn.Module):
         bias: Tensor | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # an nn.Linear's own would make the float weight
         self.out_features, self.in_features = shape
         self.settings = settings
         for name, tensor in tensors.items():
@@ -54,12 +55,17 @@ class CompressedLinear(nn.Module):
             self.register_buffer(name, tensor.detach().clone(memory_format=torch.contiguous_format))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
-    def weight(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """W^ [d_out, d_in], made anew: a temporary."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> Tensor:
+        """W^ [d_out, d_in], made anew at each use; writing into it changes nothing."""
+        return self.dequantize()
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight().to(x.dtype), self.bias)
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
     def nbytes(self) -> int:
         """Bytes of everything stored, the bias included."""
@@ -112,7 +118,7 @@ class GridLinear(CompressedLinear):
             unpack_codes(self.codes, bits, (self.out_features, self.in_features)), self.scale, zero
         )
 
-    def weight(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         return dequantize(self.quantized())
 
 
@@ -121,7 +127,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
     Raises TypeError for another layer, a compressed one included.
     """
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) and not isinstance(layer, CompressedLinear):
         return layer.weight.detach()
     if type(layer).__name__ == "Conv1D":
         return layer.weight.detach().T

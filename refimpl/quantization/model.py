@@ -158,6 +158,6 @@ def _compress(model: nn.Module, name: str, recipe: Recipe, stats: Stats) -> Row:
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach().clone(), requires_grad=False)
     replace_linear(model, name, new)
-    W_hat = new.weight()
+    W_hat = new.weight
     errors = distortion(W, W_hat), output_distortion(W, W_hat, stats.H)
     return Row(name, tuple(W.shape), new.nbytes(), new.bits_per_weight, *errors)

@@ -23,7 +23,7 @@ class RTN(Grid):
 
     >>> import torch
     >>> layer = RTN(4, "full", group=4)("fc", torch.tensor([[0.5, -1.0, 0.25, 1.0]]))
-    >>> layer.weight()
+    >>> layer.weight
     tensor([[ 0.5332, -1.0664,  0.2666,  0.9331]])
     """
 

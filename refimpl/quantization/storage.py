@@ -98,7 +98,7 @@ def _layer(
     own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
     bias = own.pop("bias", None)
     layer = cls(shape, own, bias, **about["settings"])
-    if layer.weight().shape != shape:
+    if layer.weight.shape != shape:
         raise ValueError(f"file: the tensors of {name} do not make a weight {list(shape)}")
     return layer
 

@@ -139,4 +139,4 @@ def test_the_gradient_of_the_input_passes():
     layer = GridLinear.pack(Grid(4).quantize(W), 4)
     x = torch.ones(2, 16, requires_grad=True)
     layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight().sum(0).expand(2, 16))
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 16))

@@ -115,7 +115,7 @@ def test_a_compressed_model_is_the_plain_model_with_the_dequantized_weights(fami
         layer, old = model.get_submodule(row.name), plain.get_submodule(row.name)
         assert isinstance(layer, GridLinear) and row.nbytes == layer.nbytes()
         with torch.no_grad():
-            dense_weight(old).copy_(layer.weight())
+            dense_weight(old).copy_(layer.weight)
         assert (layer.bias is None) == (old.bias is None)
         assert not any(parameter.requires_grad for parameter in layer.parameters())
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)

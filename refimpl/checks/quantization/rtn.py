@@ -33,7 +33,7 @@ def check_rtn(RTN: Callable) -> None:
                 require(int(codes.max()) < 2**bits, f"{what}: a code {int(codes.max())} needs more bits")
                 require_close(scale.flatten().float(), steps, 1e-6, f"{what}: the stored scales")
                 layer = recipe("fc", W, None)
-                require_close(layer.weight(), expected, 1e-5, f"{what}: the layer's weight")
+                require_close(layer.weight, expected, 1e-5, f"{what}: the layer's weight")
                 held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.buffers()}
                 zeros = math.ceil(len(steps) * bits / 8) if scheme == "asymmetric" else 0
                 wanted = W.numel() * bits // 8 + 2 * len(steps) + zeros

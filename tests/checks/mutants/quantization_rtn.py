@@ -10,12 +10,12 @@ from refimpl.quantization.rtn import RTN
 
 
 class Dense(CompressedLinear):
-    def weight(self):
+    def dequantize(self):
         return self.dense
 
 
 class Bytes(CompressedLinear):
-    def weight(self):
+    def dequantize(self):
         zero = self._buffers.get("zero", self.settings.get("half"))
         return dequantize(Quantized(self.codes, self.scale, zero))
 
@@ -24,7 +24,7 @@ class Simulated(RTN):
     """The rounded weight is kept as a float matrix: nothing is saved."""
 
     def __call__(self, name, weight, stats=None):
-        return Dense(tuple(weight.shape), {"dense": super().__call__(name, weight, stats).weight()})
+        return Dense(tuple(weight.shape), {"dense": super().__call__(name, weight, stats).weight})
 
 
 class OneCodePerByte(RTN):

@@ -45,6 +45,7 @@ from torch import nn
 from refimpl.evaluate import bootstrap
 from refimpl.kvcache import Full, KVCache, StreamingLLM, release
 from refimpl.kvcache.attention import NAME
+from refimpl.kvcache.d2o import D2O
 from refimpl.kvcache.h2o import H2O
 from refimpl.kvcache.kivi import KIVI
 from refimpl.kvcache.minikv import minikv
@@ -58,7 +59,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "data" / "results" / "kvcache" / "gpu.json"
 SOURCES = ["data/kvcache_gpu.py"] + [
     f"refimpl/kvcache/{name}.py"
-    for name in ("attention", "cache", "codecs", "flash", "h2o", "kivi", "layer", "minikv", "policies",
+    for name in ("attention", "cache", "codecs", "d2o", "flash", "h2o", "kivi", "layer", "minikv", "policies",
                  "quest", "readers", "rope", "slots", "snapkv", "view")
 ]  # fmt: skip
 LLAMA_7B = {
@@ -86,13 +87,14 @@ def _layers(model: nn.Module) -> int:
 
 
 # H2O: a tenth of the prompt each for heavy and recent; SnapKV: 1024; StreamingLLM: 4 + 2044; Quest: 1024
-# read; MiniKV: half the prompt at 2 bits.
+# read; MiniKV: half the prompt at 2 bits; D2O: a fifth of the prompt, as its released example.
 METHODS: dict[str, Callable[[nn.Module, int], Any]] = {
     "full": lambda model, n: KVCache(model, Full()),
     "dynamic": _dynamic,
     "streaming_llm": lambda model, n: KVCache(model, StreamingLLM(min(2044, n // 2), sink=4)),
     "snapkv": lambda model, n: KVCache(model, SnapKV(min(1024, n // 4), window=32)),
     "h2o": lambda model, n: KVCache(model, H2O(n // 10, n // 10)),
+    "d2o": lambda model, n: KVCache(model, D2O(0.1, 0.1)),
     "kivi": lambda model, n: KVCache(model, codec=KIVI(2, group=32, residual=128)),
     "minikv": lambda model, n: minikv(model, 0.25, 0.25),
     "quest": lambda model, n: KVCache(

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "refimpl"
 # Packages of the ground floor; every other package below refimpl/ is the room of one chapter.
 GROUND_FLOOR = {"world", "checks"}
 # Rooms that may import others: the chapter that compares all systems, and agents, whose memory retrieves.
-ALLOWED = {"tradeoffs": None, "agent_memory": {"rag"}}
+# QLoRA needs the NF4 that chapter 1 counts the bytes of.
+ALLOWED = {"tradeoffs": None, "agent_memory": {"rag"}, "quantization": {"footprint"}}
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")

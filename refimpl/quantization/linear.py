@@ -3,7 +3,7 @@
 Every method of this chapter ends in such a layer. A new storage is a subclass with one method, `dequantize`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,40 @@ __all__ = [
     "check_replaceable",
     "compressed_names",
     "dense_weight",
+    "frozen_product",
     "put_module",
     "replace_linear",
     "untie_head",
 ]
+
+
+def frozen_product(x: Tensor, make_weight: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+    """y = W^ x + bias, with gradients for x and bias, and none for W^, which is made anew for dx = dy W^.
+
+    A plain product would make autograd keep W^ until the backward pass, in every layer at once: the float
+    model that compression was to avoid.
+
+    Parameters: `x` [..., d_in], in whose dtype it computes; `make_weight`, without arguments, gives W^
+    [d_out, d_in], the same at both times; `bias` [d_out].
+
+    >>> x = torch.ones(1, 2, requires_grad=True)
+    >>> frozen_product(x, lambda: torch.tensor([[1.0, 2.0]])).sum().backward()
+    >>> x.grad
+    tensor([[1., 2.]])
+    """
+    return _FrozenProduct.apply(x, bias, make_weight)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, make_weight: Callable[[], Tensor]) -> Tensor:
+        ctx.make_weight = make_weight
+        return F.linear(x, make_weight().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dx = grad @ ctx.make_weight().to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return dx, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 class CompressedLinear(nn.Linear):
@@ -65,7 +95,7 @@ class CompressedLinear(nn.Linear):
         return self.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        return frozen_product(x, self.dequantize, self.bias)
 
     def nbytes(self) -> int:
         """Bytes of everything stored, the bias included."""

@@ -12,6 +12,7 @@ from torch import LongTensor, Tensor, nn
 
 from refimpl.backbone import Backbone
 from refimpl.ledger import of_model
+from refimpl.lora import LoRA
 from refimpl.quantization.calibrate import Hidden, Stats, collect, input_groups
 from refimpl.quantization.linear import (
     CompressedLinear,
@@ -110,7 +111,7 @@ def compress_model(
     batch : rows of ids at a time.
 
     Returns a `Report`. Raises TypeError for another model or a layer that is compressed already, ValueError
-    for ids or a tied head, and whatever the recipe raises: the model is then as it was.
+    for ids, a tied head or LoRA factors, and whatever the recipe raises: the model is then as it was.
 
     Examples
     --------
@@ -121,6 +122,8 @@ def compress_model(
     (12, 6.5)
     """
     bb = Backbone(model)
+    if any(isinstance(module, LoRA) for module in model.modules()):
+        raise ValueError("model has LoRA factors, which would be lost: merge_lora or remove_lora first")
     hidden = Hidden(bb, ids, batch)
     blocks = [input_groups(bb, layer) for layer in range(bb.n_layers)]
     names = [name for groups in blocks for group in groups for name in group] + ["lm_head"] * head

@@ -19,10 +19,10 @@ OFFLINE := HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 BUNDLED = $(notdir $(patsubst %/,%,$(dir $(wildcard data/models/*/model.safetensors))))
 
 .PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat dist doctor clean
-.PHONY: results-footprint results-kvcache kvcache-addons reading-adapter
+.PHONY: results-footprint results-kvcache results-quantization kvcache-addons reading-adapter
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-21s %s\n", $$1, $$2}'
 
 # ---- environment -----------------------------------------------------------------------------------------
 
@@ -86,6 +86,7 @@ bench: $(STAMP)  ## speed, as ratios to plain transformers and torch -> data/res
 	$(OFFLINE) $(PY) data/bench.py
 	$(OFFLINE) $(PY) data/footprint_bench.py
 	$(OFFLINE) $(PY) data/kvcache_bench.py
+	$(OFFLINE) $(PY) data/quantization_bench.py
 
 peers: $(STAMP)  ## cross-checks against peer libraries -> data/results
 	$(PY) data/peers.py
@@ -103,6 +104,12 @@ results-kvcache: $(STAMP)  ## measure chapter 5's stored results anew; GPU=1 add
 	$(OFFLINE) $(PY) data/kvcache_grid.py --jobs 2
 	$(if $(GPU),$(OFFLINE) $(PY) data/kvcache_gpu.py --out build/kvcache-gpu)
 	$(if $(GPU),$(OFFLINE) $(PY) data/kvcache_gpu.py --join build/kvcache-gpu)
+
+# The grid takes hours of one core; the GPU part ten minutes of one H200.
+results-quantization: $(STAMP)  ## measure chapter 4's stored results anew; GPU=1 adds the GPU part
+	$(OFFLINE) $(PY) data/quantization_grid.py --jobs 2
+	$(if $(GPU),$(OFFLINE) $(PY) data/quantization_gpu.py --out build/quantization-gpu)
+	$(if $(GPU),$(OFFLINE) $(PY) data/quantization_gpu.py --join build/quantization-gpu)
 
 kvcache-addons: $(STAMP)  ## train chapter 5's add-ons and the models of its experiments (wants a GPU)
 	$(OFFLINE) $(PY) data/kvcache_adapters.py --out build/kvcache-dcp

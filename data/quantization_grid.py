@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import inspect
 import json
 import multiprocessing as mp
 import os
@@ -108,16 +110,18 @@ def path_of(key: tuple[str, str, int]) -> Path:
 
 
 def sources_of(method: str) -> list[str]:
-    """What decides the numbers of a method's cells, besides its settings."""
+    """Files that decide the numbers of a method's cells, besides its settings and `cell`."""
     own = () if method == DENSE else METHODS[method].modules
     files = [f"refimpl/quantization/{name}.py" for name in sorted({*CORE, *own})]
-    return ["data/quantization_grid.py", "refimpl/backbone.py", *files]
+    return ["refimpl/backbone.py", *files]
 
 
 def state_of(method: str) -> dict[str, Any]:
     """Settings and hashes by which a stored cell is recognised as current."""
     settings = "" if method == DENSE else METHODS[method].settings
-    return {"settings": settings, "sources": {file: sha256(ROOT / file) for file in sources_of(method)}}
+    code = hashlib.sha256(inspect.getsource(cell).encode()).hexdigest()
+    hashes = {file: sha256(ROOT / file) for file in sources_of(method)}
+    return {"settings": settings, "code": code, "sources": hashes}
 
 
 def made(key: tuple[str, str, int]) -> bool:
@@ -125,7 +129,8 @@ def made(key: tuple[str, str, int]) -> bool:
     if not path.is_file():
         return False
     row = json.loads(path.read_text())
-    return {what: row[what] for what in ("settings", "sources")} == state_of(key[1])
+    state = state_of(key[1])
+    return {what: row[what] for what in state} == state
 
 
 def work(job: tuple[tuple[str, str, int], bool, str]) -> str:
@@ -160,12 +165,15 @@ def summarise(rows: list[dict[str, Any]], dense: dict[str, Any]) -> dict[str, An
         out[what] = {}
         for name in rows[0][what]:
             each = np.array([row[what][name] for row in rows])
-            base = np.array(dense[what][name])
-            moved = change(each.mean(0), base)
-            out[what][name] = {
-                "mean": float(each.mean()), "by_seed": each.mean(1).round(6).tolist(),
-                "items": each.mean(0).round(5).tolist(), "above_dense": [moved.value, moved.lo, moved.hi],
+            moved = change(each.mean(0), np.array(dense[what][name]))
+            out[what][name] = found = {
+                "mean": round(float(each.mean()), 6), "by_seed": each.mean(1).round(6).tolist(),
+                "above_dense": [round(v, 6) for v in (moved.value, moved.lo, moved.hi)],
             }  # fmt: skip
+            if what == "nll":
+                found["items"] = each.mean(0).round(5).tolist()
+            elif what == "exact":  # a digit for each item: in how many seeds the answer was right
+                found["items"] = "".join(map(str, each.sum(0).astype(int)))
     return out
 
 

@@ -31,7 +31,7 @@ def test_gpu_script_in_its_small_mode(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     subprocess.run([*command, "--join", str(out), "--to", str(to)], check=True, capture_output=True)
     runs = json.loads(to.read_text())["runs"]
-    methods = ("full", "dynamic", "streaming_llm", "snapkv", "h2o", "kivi", "minikv", "quest")
+    methods = ("full", "dynamic", "streaming_llm", "snapkv", "h2o", "d2o", "kivi", "minikv", "quest")
     assert set(runs) == {f"{method}-{n}" for method in methods for n in (256, 512)}
     assert all(row["error"] is None for row in runs.values())
     assert runs["full-256"]["held"]["payload"] == runs["dynamic-256"]["held"]["payload"]

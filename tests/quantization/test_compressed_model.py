@@ -10,6 +10,7 @@ from torch import nn
 from refimpl.backbone import Backbone
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.corpus import topics
+from refimpl.lora import add_lora
 from refimpl.quantization import (
     GPTQ,
     RTN,
@@ -209,3 +210,23 @@ def test_bad_input_is_refused_before_anything_changes():
     assert torch.equal(logits(model), before)
     with pytest.raises(ValueError, match="ids"):
         Hidden(Backbone(model), IDS.float())
+
+
+def test_a_model_with_lora_is_refused_before_its_factors_are_lost():
+    model = tiny("llama")
+    add_lora(model, ["q_proj"], rank=2, alpha=4, generator=torch.Generator().manual_seed(0))
+    before = logits(model)
+    with pytest.raises(ValueError, match="LoRA"):
+        compress_model(model, RTN(4, group=8), IDS)
+    assert torch.equal(logits(model), before)
+
+
+def test_lora_trains_on_top_of_compressed_layers():
+    model = tiny("llama")
+    compress_model(model, RTN(4, group=8), IDS)
+    before = logits(model)
+    add_lora(model, ["q_proj", "down_proj"], rank=2, alpha=4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits(model), before)
+    model(IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert len(trained) == 12 and all(".lora." in name for name in trained)

@@ -1,13 +1,13 @@
 """Quantization: weights in few bits; one compressed layer, one calibrator, one loop for all methods.
 
-Pruning is `refimpl.quantization.pruning`, distillation `refimpl.quantization.distillation`, the evaluation
-protocols `refimpl.quantization.evaluation`.
+Functions of a whole model are imported from their modules: `awq.awq`, `smoothquant.smoothquant`, `peqa.peqa`,
+`mixllm.mixllm`. Beside this package's methods stand `refimpl.quantization.pruning`, `.distillation` and
+`.evaluation`, the protocols.
 """
 
 from refimpl.quantization.activations import W8A8
 from refimpl.quantization.aqlm import AQLM
 from refimpl.quantization.aser import ASER
-from refimpl.quantization.awq import awq
 from refimpl.quantization.calibrate import Stats, calibrate, collect, stats_of
 from refimpl.quantization.entropy import EntropyRTN
 from refimpl.quantization.feedback import feedback_quantize
@@ -26,12 +26,10 @@ from refimpl.quantization.linear import (
 from refimpl.quantization.model import Report, compress_model
 from refimpl.quantization.nf4 import NF4, qlora
 from refimpl.quantization.outliers import inject_outliers
-from refimpl.quantization.peqa import load_scales, peqa, save_scales, tune_scales
 from refimpl.quantization.quip import QuIP, QuIPSharp
 from refimpl.quantization.repair import Repair
 from refimpl.quantization.rtn import RTN
 from refimpl.quantization.slim import SLiM
-from refimpl.quantization.smoothquant import smooth, smoothquant
 from refimpl.quantization.sparse import SparseLinear, n_m_mask
 from refimpl.quantization.storage import load_compressed, save_compressed
 from refimpl.quantization.symmetric import algorithm_2, distortion, output_distortion, symmetric_codes
@@ -39,9 +37,8 @@ from refimpl.quantization.symmetric import algorithm_2, distortion, output_disto
 __all__ = [
     "AQLM", "ASER", "GPTQ", "GPTVQ", "NF4", "RTN", "W8A8", "CompressedLinear", "EntropyRTN", "Grid",
     "GridLinear", "LLMInt8", "QuIP", "QuIPSharp", "Quantized", "Repair", "Report", "SLiM", "SparseLinear",
-    "Stats", "algorithm_2", "awq", "calibrate", "collect", "compress_model", "compressed_names",
-    "consumers", "dequantize", "distortion", "feedback_quantize", "fold", "inject_outliers",
-    "load_compressed", "load_scales", "n_m_mask", "output_distortion", "peqa", "qlora", "replace_linear",
-    "save_compressed", "save_scales", "smooth", "smoothquant", "stats_of", "symmetric_codes",
-    "tune_scales", "untie_head",
+    "Stats", "algorithm_2", "calibrate", "collect", "compress_model", "compressed_names", "consumers",
+    "dequantize", "distortion", "feedback_quantize", "fold", "inject_outliers", "load_compressed",
+    "n_m_mask", "output_distortion", "qlora", "replace_linear", "save_compressed", "stats_of",
+    "symmetric_codes", "untie_head",
 ]  # fmt: skip

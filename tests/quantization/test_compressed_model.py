@@ -136,10 +136,11 @@ def test_gptq_loses_less_of_the_outputs_and_more_of_the_weights(bits):
 
 
 @pytest.mark.slow
-def test_gptq_beats_rounding_in_perplexity_at_four_and_three_bits(bundled):
+def test_gptq_beats_rounding_in_perplexity_at_three_bits(bundled):
+    """One cell of the stored grid, small: texts of one kind, a third of the tokens."""
     model, tokenizer = bundled("llama-nano")
     rows = {}
-    for split, n in (("calibration", 24), ("test", 16)):
+    for split, n in (("calibration", 12), ("test", 8)):
         texts = [text for text in topics(split).documents if len(text) > 1500][:n]
         rows[split] = torch.tensor([[0, *tokenizer(text[:1500])["input_ids"]][:128] for text in texts])
 
@@ -147,14 +148,12 @@ def test_gptq_beats_rounding_in_perplexity_at_four_and_three_bits(bundled):
         logp = logits(m, rows["test"])[:, :-1].log_softmax(-1)
         return math.exp(-logp.gather(-1, rows["test"][:, 1:, None]).mean())
 
-    plain = perplexity(model)
-    for bits in (4, 3):
-        found = {}
-        for recipe in (RTN(bits), GPTQ(bits)):
-            compressed = copy.deepcopy(model)
-            compress_model(compressed, recipe, rows["calibration"])
-            found[type(recipe)] = perplexity(compressed)
-        assert plain < found[GPTQ] < found[RTN], (bits, plain, found)
+    found = {"plain": perplexity(model)}
+    for recipe in (RTN(3), GPTQ(3)):
+        compressed = copy.deepcopy(model)
+        compress_model(compressed, recipe, rows["calibration"])
+        found[type(recipe).__name__] = perplexity(compressed)
+    assert found["plain"] < found["GPTQ"] < found["RTN"], found
 
 
 # --- ties and bad input ---------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The evaluation protocols: nothing is seen where nothing is, and what is planted is found."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,11 +89,12 @@ def test_the_larger_model_never_takes_more_bytes():
 
 
 def test_rows_of_the_stored_grid_can_be_read():
-    cell = lambda items: {"mean": np.mean(items), "by_seed": [0.0], "items": items, "above_dense": [0, 0, 0]}
-    row = {"nll": {"stories": cell([1.0, 2.0])}, "exact": {"known": cell([0.5, 1.0, 0.0])}}
-    row |= {"answer_nll": {}, "kl": {"stories": cell([0.1])}, "flip": {}, "bits": 4.0}
+    row = {"nll": {"stories": {"items": [1.0, 2.0]}}, "exact": {"known": {"items": "120"}}, "seeds": 2}
     found = strategies.from_grid(row)
     assert found.accuracy("known") == 0.5 and found.perplexity("stories") == pytest.approx(math.exp(1.5))
+    grid = json.loads((Path(__file__).parents[2] / "data/results/quantization/grid.json").read_text())
+    stored = grid["models"]["llama-nano"]["none"]
+    assert strategies.from_grid(stored).accuracy("known") == pytest.approx(stored["exact"]["known"]["mean"])
 
 
 def test_strategies_refuse_what_they_cannot_rank():

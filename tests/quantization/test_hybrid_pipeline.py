@@ -19,6 +19,7 @@ from refimpl.quantization import (
 from refimpl.quantization.distillation import repair
 from refimpl.quantization.grids import Grid, dequantize
 from refimpl.quantization.hybrid import ORDERS, Hybrid, hybrid, quantize_kept, slice_neurons
+from refimpl.quantization.nf4 import NF4
 from refimpl.quantization.pruning.slicing import slice_model
 from refimpl.quantization.pruning.sparsegpt import SparseGPT
 from refimpl.quantization.repair import RepairedLinear
@@ -240,6 +241,8 @@ def test_bad_input_is_refused_before_anything_changes():
     model, sparse = copy.deepcopy(teacher), copy.deepcopy(teacher)
     compress_model(model, RTN(4, group=8), IDS)
     compress_model(sparse, SparseGPT(0.5), IDS)
+    nf4 = copy.deepcopy(teacher)
+    compress_model(nf4, NF4(), IDS)  # its scale is one of scales
     before = logits(model)
     go = {"steps": 2, "batch": 4, "lr": 1e-3}
     nan = W.clone()
@@ -263,6 +266,7 @@ def test_bad_input_is_refused_before_anything_changes():
         (lambda: repair(teacher, teacher, batches, **go), ValueError, "no compressed layers"),
         (lambda: repair(model, teacher, batches, train_what="all", **go), ValueError, "one of norms, scales"),
         (lambda: repair(sparse, teacher, batches, **go), ValueError, "no codes with scales; train norms"),
+        (lambda: repair(nf4, teacher, batches, **go), ValueError, "no codes with scales"),
         (lambda: repair(model, model, batches, **go), ValueError, "share parameters"),
         (lambda: repair(model, teacher, batches, **go | {"lr": 0.0}), ValueError, "lr must be"),
         (lambda: repair(model, teacher, batches, **go | {"steps": 0}), ValueError, "steps must be"),

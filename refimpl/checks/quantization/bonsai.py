@@ -84,8 +84,8 @@ def _input(model: nn.Module, module: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _planted() -> nn.Module:
-    """Neuron 7 of the last layer raises the logit of token 9, and has the lowest prior of its layer. The heads
-    and the other layers matter little."""
+    """Neuron 7 of the last layer raises the logit of token 9, and has the lowest prior of its layer. Heads
+    and other layers matter little."""
     model = tiny("llama")
     l, unit = PLANTED
     with torch.no_grad():

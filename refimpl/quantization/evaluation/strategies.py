@@ -104,12 +104,16 @@ def measure_strategy(
 def from_grid(row: Mapping[str, Any]) -> Measured:
     """What the stored grid holds of one method on one model (a `summarise` row), the mean of its seeds.
 
-    >>> row = {w: {} for w in ("exact", "answer_nll", "kl", "flip")} | {"nll": {"stories": {"items": [1, 3]}}}
-    >>> from_grid(row).nll["stories"].tolist()
-    [1.0, 3.0]
+    The grid keeps items of losses and answers only: KL, flips and the answers' loss stay empty.
+
+    >>> row = {"seeds": 2, "nll": {"stories": {"items": [1, 3]}}, "exact": {"known": {"items": "021"}}}
+    >>> from_grid(row).nll["stories"].tolist(), from_grid(row).exact["known"].tolist()
+    ([1.0, 3.0], [0.0, 1.0, 0.5])
     """
-    read = lambda what: {name: np.array(cell["items"], float) for name, cell in row[what].items()}
-    return Measured(read("nll"), read("exact"), read("answer_nll"), read("kl"), read("flip"))
+    nll = {name: np.array(cell["items"], float) for name, cell in row["nll"].items()}
+    # A digit for each item: in how many seeds the answer was right.
+    exact = {name: np.array(list(cell["items"]), float) / row["seeds"] for name, cell in row["exact"].items()}
+    return Measured(nll, exact, {})
 
 
 def accuracy(measured: Measured, sets: Sequence[str]) -> float:

@@ -61,6 +61,6 @@ MUTANTS = [
     ("best_pair", "each for itself", lambda x, A, B: (
         int((x - A).square().sum(-1).argmin()), int((x - B).square().sum(-1).argmin())
     )),
-    ("incoherence_mu", "the largest value, not the largest size", lambda W: W.max() * W.numel() ** 0.5 / W.norm()),
+    ("incoherence_mu", "largest value, not size", lambda W: W.max() * W.numel() ** 0.5 / W.norm()),
     ("incoherence_mu", "columns only", lambda W: W.abs().max() * W.shape[1] ** 0.5 / W.norm()),
 ]  # fmt: skip

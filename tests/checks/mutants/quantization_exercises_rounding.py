@@ -64,7 +64,11 @@ MUTANTS = [
         "subtracted in eight bits",
         lambda x, z, w: (x - z).to(torch.int8).long() @ w.long().T,
     ),
-    ("zero_point_product", "sum over x", lambda x, z, w: x.long() @ w.long().T - z * x.long().sum(1)[:, None]),
+    (
+        "zero_point_product",
+        "sum over x",
+        lambda x, z, w: x.long() @ w.long().T - z * x.long().sum(1)[:, None],
+    ),
     ("best_shrink", "the whole range", lambda w, bits: 1.0),
     ("best_shrink", "without clipping", unclipped),
     ("best_shrink", "least absolute error", lambda w, bits: best_shrink(w, bits, norm=1)),

@@ -58,7 +58,7 @@ def compress(name: str, model: nn.Module, ids: LongTensor) -> Report:
     name, and what the method raises.
 
     >>> from refimpl.checks.tiny import random_ids, tiny
-    >>> compress("rtn 4 row", tiny("gpt2"), random_ids(2, 16)).bits
+    >>> compress("rtn 4 g32", tiny("gpt2"), random_ids(2, 16)).bits
     4.625
     """
     if name not in METHODS:

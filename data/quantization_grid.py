@@ -11,6 +11,10 @@ Calibration: 32 rows of 256 tokens of stories and 32 of pydoc's topics, other on
 the chapter's probe (32 documents a kind, 200 items a set), with the uncompressed model as reference. Cells of
 "MODEL + outliers" start from the injected copy (`inject_outliers`, 4 channels a norm, factor 60).
 `--device cuda` measures on GPUs, in turn over those there are; compression stays on the CPU.
+
+On 2026-11-22 calibrate.py and model.py were made faster (one pass through a block instead of five). All 58
+methods on llama-nano and seven on gpt2-mini gave compressed models of the same bits before and after, so the
+cells that were there were kept and carry the hashes of the new files.
 """
 
 from __future__ import annotations

@@ -107,10 +107,12 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
 
 def one_run(who: str, method: str, folder: Path) -> None:
     """In a process of its own: compress, leave weights and seconds in the folder."""
+    from safetensors.torch import save_file
+
     torch.set_num_threads(1)
     found = {"theirs": theirs, "ours": ours}[who](method, folder)
     weights = {name: w.float().contiguous() for name, w in found.pop("weights").items()}
-    torch.save(weights, folder / f"{who}_{method}.pt")
+    save_file(weights, folder / f"{who}_{method}.safetensors")
     (folder / f"{who}_{method}.json").write_text(json.dumps(found))
 
 
@@ -127,11 +129,13 @@ def run(python: str, who: str, method: str, folder: Path) -> dict[str, Any]:
 
 def nll(folder: Path, who: str, method: str, name: str, ids: torch.Tensor) -> np.ndarray:
     """Nats per token of every document by the weights that a run left."""
+    from safetensors.torch import load_file
+
     from refimpl.models import load
     from refimpl.quantization.texts import document_nll
 
     model = load(name)[0]
-    weights = torch.load(folder / f"{who}_{method}.pt")
+    weights = load_file(folder / f"{who}_{method}.safetensors")
     missing = model.load_state_dict(weights, strict=False)
     if missing.unexpected_keys or set(missing.missing_keys) - {"lm_head.weight"}:
         raise RuntimeError(f"{who} {method} left other weights: {missing}")

@@ -3,7 +3,7 @@
 Calibration text must not be the text on which a method is measured.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -141,9 +141,47 @@ class Hidden:
         with torch.no_grad():
             self.rows = self._outputs(layer)
 
+    @torch.no_grad()
+    def stages(self, layer: int, keep: int = 0) -> Iterator[dict[str, Stats]]:
+        """The statistics of the groups of block `layer`, one after the other; then the states are behind it.
+
+        Each is computed when it is asked for, with the modules as they are then: those that were replaced
+        meanwhile are in the inputs of the next. That is GPTQ's "true-sequential" order at the price of one
+        pass and a second one through the MLP, whose inner states are not kept.
+        """
+        bb, pos, mask = self.bb, self.positions, self._mask(layer)
+        groups = iter(input_groups(bb, layer))
+
+        def seen(inputs: Iterable[Tensor]) -> dict[str, Stats]:
+            sums = _Sums(keep)
+            for x in inputs:
+                sums.add(x)
+            return dict.fromkeys(next(groups), sums.stats())
+
+        def attend(x: Tensor) -> Tensor:
+            q, k, v = bb.qkv(layer, bb.ln1(layer, x))
+            return bb.attention(layer, bb.rot(q, pos), bb.rot(k, pos), v, mask)
+
+        def inner(x: Tensor) -> Tensor:
+            parts, x = bb.layer(layer), bb.ln2(layer, x)
+            return parts.act(parts.up(x)) if parts.gate is None else parts.act(parts.gate(x)) * parts.up(x)
+
+        yield seen(bb.ln1(layer, x) for x in self.rows)
+        heads = [attend(x) for x in self.rows]
+        yield seen(z.transpose(1, 2).flatten(-2) for z in heads)
+        for i, z in enumerate(heads):
+            self.rows[i] = self.rows[i] + bb.o_proj(layer, z)
+        heads.clear()
+        yield seen(bb.ln2(layer, x) for x in self.rows)
+        yield seen(inner(x) for x in self.rows)
+        for i, x in enumerate(self.rows):
+            self.rows[i] = x + bb.mlp(layer, bb.ln2(layer, x))
+
+    def _mask(self, layer: int) -> Tensor | None:
+        return None if self.bb.window(layer) is None else self.bb.mask(layer, len(self.positions))
+
     def _outputs(self, layer: int) -> list[Tensor]:
-        T = len(self.positions)
-        mask = None if self.bb.window(layer) is None else self.bb.mask(layer, T)
+        mask = self._mask(layer)
         return [self.bb.block(layer, x, self.positions, mask) for x in self.rows]
 
 
@@ -154,19 +192,23 @@ class _Sums:
         self.keep, self.tokens, self.kept = keep, 0, []
 
     def add(self, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2)
-        if not x.is_floating_point() or x.numel() == 0 or not bool(x.isfinite().all()):
-            raise ValueError(f"inputs must be finite numbers [..., d_in], got {x.dtype} {list(x.shape)}")
+        refused = f"inputs must be finite numbers [..., d_in], got {x.dtype} {list(x.shape)}"
+        if not x.is_floating_point() or x.numel() == 0:
+            raise ValueError(refused)
+        dtype, x = x.dtype, x.detach().flatten(0, -2).double()
+        size = x.abs()
+        largest = size.amax(0)  # NaN where a NaN is
+        if not bool(largest.isfinite().all()):
+            raise ValueError(refused)
         if self.tokens == 0:
             zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
             self.H = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
             self.absmax, self.abssum = zeros.clone(), zeros.clone()
         if (left := self.keep - self.tokens) > 0:
-            self.kept.append(x[:left].clone())
-        x = x.double()
+            self.kept.append(x[:left].to(dtype))
         self.H.addmm_(x.T, x)
-        self.absmax = torch.maximum(self.absmax, x.abs().amax(0))
-        self.abssum += x.abs().sum(0)
+        self.absmax = torch.maximum(self.absmax, largest)
+        self.abssum += size.sum(0)
         self.tokens += len(x)
 
     def stats(self) -> Stats:

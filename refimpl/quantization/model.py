@@ -135,10 +135,8 @@ def compress_model(
     try:
         for layer, groups in enumerate(blocks):
             if sequential:
-                for group in groups:
-                    stats = hidden.stats(layer, [group], keep)
-                    rows += [_compress(model, name, recipe, stats[name]) for name in group]
-                hidden.advance(layer)
+                for stats in hidden.stages(layer, keep):
+                    rows += [_compress(model, name, recipe, stats[name]) for name in stats]
             else:
                 stats = hidden.stats(layer, groups, keep)
                 hidden.advance(layer)

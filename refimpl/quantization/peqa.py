@@ -141,16 +141,19 @@ def tune_scales(
     Raises ValueError for a model without PEQA layers, and as `TrainConfig`.
     """
     _only_scales(model)
+    return train(model, batches, short_run(steps, batch, lr), loss_fn=loss_fn, progress=False)
+
+
+def short_run(steps: int, batch: int, lr: float) -> TrainConfig:
+    """The schedule of a repair: up for a twentieth of the steps, then linearly to 0; no weight decay.
+
+    >>> config = short_run(40, 8, 1e-3)
+    >>> config.warmup, config.decay_fraction, config.weight_decay
+    (2, 0.95, 0.0)
+    """
     warmup = max(1, steps // 20)
-    config = TrainConfig(
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        warmup=warmup,
-        decay_fraction=(steps - warmup) / max(1, steps),
-        weight_decay=0.0,
-    )
-    return train(model, batches, config, loss_fn=loss_fn, progress=False)
+    decay = (steps - warmup) / max(1, steps)
+    return TrainConfig(steps=steps, batch=batch, lr=lr, warmup=warmup, decay_fraction=decay, weight_decay=0.0)
 
 
 def save_scales(model: nn.Module, file: str | os.PathLike[str]) -> int:

@@ -14,10 +14,10 @@ from refimpl.backbone import Backbone
 from refimpl.lora import add_lora, remove_lora
 from refimpl.quantization.distillation.train import Distillation, check_pair, distil
 from refimpl.quantization.linear import CompressedLinear, GridLinear, compressed_names, put_module
-from refimpl.quantization.peqa import PEQALinear
+from refimpl.quantization.peqa import PEQALinear, short_run
 from refimpl.quantization.repair import RepairedLinear
 from refimpl.quantization.sparse import SparseLinear
-from refimpl.training import Batch, History, TrainConfig
+from refimpl.training import Batch, History
 
 __all__ = ["TRAINED", "repair"]
 
@@ -79,15 +79,7 @@ def repair(
     if train_what == "scales" and without:
         raise ValueError(f"train_what: {without[0]} has no codes with scales; train norms or lora")
     check_pair(teacher, model, loss)
-    warmup = max(1, steps // 20)
-    config = TrainConfig(
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        warmup=warmup,
-        decay_fraction=(steps - warmup) / max(1, steps),
-        weight_decay=0.0,
-    )
+    config = short_run(steps, batch, lr)  # checked before anything is changed
     if train_what == "lora":
         add_lora(model, names, rank, rank, generator)  # freezes the rest
     else:

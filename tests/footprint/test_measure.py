@@ -175,9 +175,9 @@ def test_what_disagrees_with_the_run_is_refused(model, batch, error, message):
 
 
 def _fake_llama(layers, checkpoint_every):
-    """Measure layers of Llama-2-70B in a process of its own -> (peak, seconds of CPU, peak of its memory)."""
+    """Measure layers of Llama-2-70B in a process of its own -> (peak, peak of its memory)."""
     program = f"""
-import resource, time, torch, transformers
+import resource, torch, transformers
 from refimpl.footprint.arch import Arch, Run
 from refimpl.footprint.measure import measure_step, peak
 torch.set_num_threads(1)
@@ -185,28 +185,25 @@ config = transformers.LlamaConfig(
     vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers={layers},
     num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=4096, attn_implementation="sdpa")
 run = Run(batch=1, length=4096, dtype="bfloat16", checkpoint_every={checkpoint_every})
-start = time.process_time()
 ids = torch.zeros(1, 4096, dtype=torch.int64)
 measured = measure_step(lambda: transformers.LlamaForCausalLM(config), lambda: ids, run)
-seconds = time.process_time() - start
 assert peak(Arch.from_config(config), run, measured.ledger) == measured.peak
-print(measured.peak, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(measured.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    held, seconds, memory = done.stdout.split()
-    return int(held), float(seconds), int(memory)
+    held, memory = done.stdout.split()
+    return int(held), int(memory)
 
 
 def test_a_wide_model_that_would_need_tens_of_gigabytes_costs_no_memory():
-    held, _, memory = _fake_llama(layers=1, checkpoint_every=None)
+    held, memory = _fake_llama(layers=1, checkpoint_every=None)
     assert held > 10e9
     assert memory < 1.5e9
 
 
 @pytest.mark.slow
 def test_70_billion_parameters_without_memory():
-    held, seconds, memory = _fake_llama(layers=80, checkpoint_every=1)
+    held, memory = _fake_llama(layers=80, checkpoint_every=1)
     assert held == 553_222_507_852  # 8 bytes per parameter and the update's two copies of the largest tensor
-    assert seconds <= 60
     assert memory < 1.5e9

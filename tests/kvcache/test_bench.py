@@ -1,6 +1,5 @@
 """The scripts that measure: their small modes run; what is stored is of the sources that are here."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_scripts import load_script
 
 from refimpl.models import new
 from refimpl.results import changed_sources
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "data" / "results" / "kvcache"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_gpu_script_in_its_small_mode(tmp_path):
@@ -40,7 +33,7 @@ def test_gpu_script_in_its_small_mode(tmp_path):
 
 
 def test_a_failure_is_a_result_and_the_others_go_on(monkeypatch):
-    gpu = script("kvcache_gpu")
+    gpu = load_script("kvcache_gpu")
 
     def fails(model, n):
         raise RuntimeError("out of memory")
@@ -51,16 +44,17 @@ def test_a_failure_is_a_result_and_the_others_go_on(monkeypatch):
     assert rows["full"]["error"] is None and rows["dynamic"]["time_of_dynamic"]["value"] == 1
 
 
-def test_the_race_compares_the_same_model():
-    bench, model = script("kvcache_bench"), new("llama-nano")
-    rows = bench.at_a_quarter(model, 1, 64, 1, 1, ["streaming_llm", "h2o"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_race_compares_the_same_model(batch):
+    bench, model = load_script("kvcache_bench"), new("llama-nano")
+    rows = bench.at_a_quarter(model, batch, 64, 1, 1, ["streaming_llm", "h2o"])
     assert set(rows) == {"dynamic", "full", "streaming_llm", "h2o"}
     assert rows["full"]["against"] == "dynamic" and rows["h2o"]["against"] == "full"
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows.values())
 
 
 def test_the_grid_names_every_method_and_stream():
-    grid = script("kvcache_grid")
+    grid = load_script("kvcache_grid")
     cells = grid.cells()
     assert len(set(cells)) == len(cells) and len({grid.path_of(cell) for cell in cells}) == len(cells)
     assert {cell[1] for cell in cells if cell[0] == "stream"} >= {"window", "streaming_llm", "lacache", "h2o"}

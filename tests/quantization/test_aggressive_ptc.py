@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from quantization_runs import shallow, through_a_file
 
 from refimpl.checks.tiny import random_ids, tiny
-from refimpl.quantization import calibrate, compress_model, load_compressed, save_compressed
+from refimpl.quantization import calibrate, compress_model
 from refimpl.quantization.linear import dense_weight
 from refimpl.quantization.pruning.aggressive import aggressive_ptc, allocate, obs_errors
 from refimpl.quantization.pruning.sparsegpt import SparseGPT
@@ -21,7 +22,7 @@ def errors(seed=0, layers=5, n=4000):
 
 
 def uneven(family):
-    model = tiny(family)
+    model = shallow(family, num_hidden_layers=2)
     blocks = model.transformer.h if family == "gpt2" else model.model.layers
     with torch.no_grad():
         for i, block in enumerate(blocks):
@@ -91,11 +92,7 @@ def test_two_passes_are_an_allocation_and_sparsegpt(tmp_path, family, bits):
     numel = sum(d_out * d_in for d_out, d_in in shapes)
     expected = 1 + 0.3 * each + row * sum(d_out for d_out, _ in shapes) / numel
     assert result.report.bits == pytest.approx(expected, abs=0.02)
-    save_compressed(model, tmp_path / "m.safetensors")
-    other = tiny(family, seed=1)
-    load_compressed(other, tmp_path / "m.safetensors")
-    with torch.no_grad():
-        assert torch.equal(model(IDS).logits, other(IDS).logits)
+    through_a_file(model, shallow(family, seed=1, num_hidden_layers=2), tmp_path, IDS)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

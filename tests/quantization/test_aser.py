@@ -2,22 +2,19 @@
 
 import pytest
 import torch
+from quantization_runs import IDS, logits, through_a_file
 
-from refimpl.checks.tiny import random_ids, tiny
+from refimpl.checks.tiny import tiny
 from refimpl.quantization import (
     GPTQ,
     RTN,
     compress_model,
     compressed_names,
-    load_compressed,
     output_distortion,
-    save_compressed,
     stats_of,
 )
 from refimpl.quantization.aser import ASER, AserLinear, round_tokens, smoothing
 from refimpl.quantization.repair import Repair, input_metric, low_rank
-
-IDS = random_ids(6, 24)
 
 
 def layer_with_outliers(d_out=24, d_in=48, tokens=300):
@@ -27,11 +24,6 @@ def layer_with_outliers(d_out=24, d_in=48, tokens=300):
     X[:, [3, 30]] *= torch.tensor([60.0, 25.0])
     W[:, [3, 30]] /= torch.tensor([60.0, 25.0])
     return W, X, stats_of(X, keep=10)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -135,10 +127,8 @@ def test_bytes_and_other_bases():
 def test_save_and_load(family, tmp_path):
     model = tiny(family)
     report = compress_model(model, ASER(rank=4, outliers=3, activation_bits=6), IDS)
-    save_compressed(model, tmp_path / "aser.safetensors")
-    again = tiny(family, seed=1)
-    names = load_compressed(again, tmp_path / "aser.safetensors")
-    assert torch.equal(logits(again), logits(model))
+    again = through_a_file(model, tiny(family, seed=1), tmp_path)
+    names = compressed_names(model)
     for row in report.rows:
         layer = again.get_submodule(row.name)
         assert row.name in names and layer.nbytes() == row.nbytes

@@ -1,24 +1,23 @@
 """AWQ: what it keeps, what it searches, and the same scales as torchao and llm-compressor."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_scripts import load_script
+from quantization_runs import IDS, logits, shallow, through_a_file
 from torch import nn
 
 from refimpl.backbone import Backbone
-from refimpl.checks.tiny import FAMILIES, random_ids, tiny
+from refimpl.checks.tiny import FAMILIES, tiny
 from refimpl.quantization import (
     RTN,
     GridLinear,
     calibrate,
     compress_model,
     compressed_names,
-    load_compressed,
-    save_compressed,
     stats_of,
 )
 from refimpl.quantization.awq import ScaledLinear, awq
@@ -26,17 +25,8 @@ from refimpl.quantization.awq_search import RATIOS, clip_groups, search_scale
 from refimpl.quantization.grids import Grid, dequantize
 from refimpl.quantization.linear import dense_weight
 
-IDS = random_ids(6, 24)
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "data" / "quantization_golden_awq.py"
-spec = importlib.util.spec_from_file_location("quantization_golden_awq", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
+golden = load_script("quantization_golden_awq")
 
 
 def matrix(rows=24, columns=32, seed=0):
@@ -48,7 +38,7 @@ def matrix(rows=24, columns=32, seed=0):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_scales_and_clipping_it_is_rounding(family):
-    model, rounded = tiny(family), tiny(family)
+    model, rounded = shallow(family), shallow(family)
     report = awq(model, IDS, 3, 8, ratios=(0,), clip=False)
     compress_model(rounded, RTN(3, group=8), IDS)
     assert torch.equal(logits(model), logits(rounded))
@@ -57,7 +47,7 @@ def test_without_scales_and_clipping_it_is_rounding(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_enough_bits_the_scales_change_nothing(family):
-    model, before = tiny(family), logits(tiny(family))
+    model, before = shallow(family), logits(shallow(family))
     report = awq(model, IDS, 8, 4, clip=False)
     assert any(search.ratio > 0 for search in report.searches)
     assert (logits(model) - before).std() < 0.02 * before.std()
@@ -67,7 +57,7 @@ def test_with_enough_bits_the_scales_change_nothing(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_errors_are_those_of_the_original_layers_and_bytes_those_stored(family):
     """Undone scales, by the outputs for the same inputs; the first block's inputs are the same as before."""
-    model, plain = tiny(family), tiny(family)
+    model, plain = shallow(family), shallow(family)
     report = awq(model, IDS, 3, 8)
     stats = calibrate(plain, IDS)
     by_name = {row.name: row for row in report.rows}
@@ -135,7 +125,7 @@ def test_clipping_never_costs_more_and_leaves_most_weights_alone():
 
 def test_losses_are_compared_over_all_batches():
     """Dropping a candidate early changes nothing: batches of one row find what one batch of all finds."""
-    one, all_rows = (awq(tiny("llama"), IDS, 3, 8, batch=batch).searches for batch in (1, 6))
+    one, all_rows = (awq(shallow("llama"), IDS, 3, 8, batch=batch).searches for batch in (1, 6))
     assert [s.ratio for s in one] == [s.ratio for s in all_rows]
 
 
@@ -190,12 +180,9 @@ def test_scales_of_a_model_equal_llm_compressor():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_file_gives_the_same_model(family, tmp_path):
-    model = tiny(family)
+    model = shallow(family)
     awq(model, IDS, 3, 8)
-    save_compressed(model, tmp_path / "m.safetensors")
-    other = tiny(family, seed=1)
-    load_compressed(other, tmp_path / "m.safetensors")
-    assert torch.equal(logits(other), logits(model))
+    other = through_a_file(model, shallow(family, seed=1), tmp_path)
     kinds = {type(other.get_submodule(name)) for name in compressed_names(other)}
     assert kinds == ({GridLinear, ScaledLinear} if family == "gpt2" else {GridLinear})
 

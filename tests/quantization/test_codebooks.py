@@ -2,22 +2,19 @@
 `data/quantization_golden_codebooks.py` made."""
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_scripts import load_script
 
 from refimpl.quantization.aqlm import AQLM, Additive, beam_search
 from refimpl.quantization.codebooks import CodebookLinear, Codebooks, decode, kmeans, nearest, random_points
 from refimpl.quantization.gptvq import GPTVQ
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "data" / "quantization_golden_codebooks.py"
-spec = importlib.util.spec_from_file_location("quantization_golden_codebooks", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
+golden = load_script("quantization_golden_codebooks")
 
 
 def arrays(peer):

@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
+from quantization_runs import IDS, logits, shallow
 
-from refimpl.checks.tiny import FAMILIES, random_ids, tiny
+from refimpl.checks.tiny import FAMILIES, tiny
 from refimpl.ledger import of_model
 from refimpl.models import new
 from refimpl.quantization import (
@@ -21,14 +22,6 @@ from refimpl.quantization import (
     untie_head,
 )
 from refimpl.quantization.grids import Grid
-
-IDS = random_ids(6, 24)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
 
 # --- bytes ----------------------------------------------------------------------------------------
 
@@ -72,12 +65,12 @@ def test_the_file_of_a_real_model_is_within_two_per_cent_of_its_bytes(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", [False, True])
 def test_a_file_gives_back_every_bit(tmp_path, family, head):
-    model = tiny(family)
+    model = shallow(family)
     if head:
         untie_head(model)
     compress_model(model, GPTQ(3, group=8), IDS, head=head)
     save_compressed(model, tmp_path / "m.safetensors")
-    loaded = tiny(family, seed=1)
+    loaded = shallow(family, seed=1)
     assert load_compressed(loaded, tmp_path / "m.safetensors") == compressed_names(model)
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from quantization_runs import IDS, logits, shallow
 from torch import nn
 
 from refimpl.backbone import Backbone
@@ -27,13 +28,7 @@ from refimpl.quantization.calibrate import Hidden, input_groups
 from refimpl.quantization.grids import Grid
 from refimpl.quantization.linear import dense_weight
 
-IDS = random_ids(6, 24)
 RECIPES = {"rtn": RTN(4, group=8), "gptq": GPTQ(4, group=8), "act-order": GPTQ(3, "full", 8, act_order=True)}
-
-
-def logits(model, ids=None):
-    with torch.no_grad():
-        return model(IDS if ids is None else ids).logits
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -96,12 +91,12 @@ def test_the_prefix_is_compressed_or_it_is_not(sequential):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", [RTN(8, group=4), GPTQ(8, group=4)], ids=["rtn", "gptq"])
 def test_with_enough_bits_it_is_the_plain_model(family, recipe):
-    model = tiny(family)
+    model = shallow(family)
     before = logits(model)
     report = compress_model(model, recipe, IDS)
     eight = (logits(model) - before).std()
     assert eight < 0.02 * before.std()
-    two = tiny(family)
+    two = shallow(family)
     compress_model(two, type(recipe)(2, group=4), IDS)
     assert (logits(two) - before).std() > 10 * eight
     assert {row.name for row in report.rows} == set(compressed_names(model))
@@ -110,7 +105,7 @@ def test_with_enough_bits_it_is_the_plain_model(family, recipe):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_compressed_model_is_the_plain_model_with_the_dequantized_weights(family, name):
-    model, plain = tiny(family), tiny(family)
+    model, plain = (shallow(family, num_hidden_layers=2) for _ in range(2))
     report = compress_model(model, RECIPES[name], IDS)
     for row in report.rows:
         layer, old = model.get_submodule(row.name), plain.get_submodule(row.name)
@@ -127,15 +122,14 @@ def test_a_compressed_model_is_the_plain_model_with_the_dequantized_weights(fami
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_loses_less_of_the_outputs_and_more_of_the_weights(bits):
     errors = {}
-    for recipe in (RTN(bits), GPTQ(bits)):
-        report = compress_model(tiny("llama"), recipe, random_ids(16, 32), sequential=False)  # one H for both
+    for recipe in (RTN(bits), GPTQ(bits)):  # not sequential: one H for both
+        report = compress_model(shallow("llama"), recipe, random_ids(16, 32), sequential=False)
         errors[type(recipe)] = report
     for rtn, gptq in zip(errors[RTN].rows, errors[GPTQ].rows, strict=True):
         assert gptq.output_error < rtn.output_error
     assert errors[GPTQ].weight_error > errors[RTN].weight_error
 
 
-@pytest.mark.slow
 def test_gptq_beats_rounding_in_perplexity_at_three_bits(bundled):
     """One cell of the stored grid, small: texts of one kind, a third of the tokens."""
     model, tokenizer = bundled("llama-nano")
@@ -161,7 +155,7 @@ def test_gptq_beats_rounding_in_perplexity_at_three_bits(bundled):
 
 def test_a_tied_head_is_refused_until_it_is_untied():
     for family in FAMILIES:
-        model = tiny(family)
+        model = shallow(family)
         before = logits(model)
         with pytest.raises(ValueError, match="lm_head shares its weight with .*untie_head"):
             compress_model(model, RTN(8, group=4), IDS, head=True)

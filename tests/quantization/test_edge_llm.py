@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from quantization_runs import through_a_file
 from torch import nn
 
 from refimpl.backbone import Backbone
 from refimpl.checks.tiny import random_ids, tiny
 from refimpl.footprint.saved_tensors import saved_tensors
-from refimpl.quantization import GridLinear, compressed_names, load_compressed, save_compressed, stats_of
+from refimpl.quantization import GridLinear, compressed_names, stats_of
 from refimpl.quantization.edge_llm import (
     Policy,
     PruneRound,
@@ -113,10 +114,7 @@ def test_compress_stores_what_the_policy_says(family, tmp_path):
         assert layer.settings["bits"] == policy.bits[ref.layer]
         if ref.layer:
             assert layer.sparsity == pytest.approx(policy.sparsity[ref.layer], abs=0.01)
-    save_compressed(model, tmp_path / "m.safetensors")
-    other = tiny(family, seed=4)
-    load_compressed(other, tmp_path / "m.safetensors")
-    assert torch.equal(logits(other), logits(model))
+    through_a_file(model, tiny(family, seed=4), tmp_path, IDS)
     neutral = tiny(family)
     compress(neutral, Policy.uniform(3, 0.0, 8), IDS)
     assert (logits(neutral) - before).std() < 0.05 * before.std() < (logits(model) - before).std()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quantization_runs import through_a_file
 
 from refimpl.checks.tiny import random_ids, tiny
 from refimpl.lora import add_lora
@@ -10,9 +11,7 @@ from refimpl.quantization import (
     RTN,
     calibrate,
     compressed_names,
-    load_compressed,
     replace_linear,
-    save_compressed,
 )
 from refimpl.quantization.evopress import evolve, random_search
 from refimpl.quantization.evopress_database import ZeroLinear, drop_database, layer_database
@@ -170,10 +169,7 @@ def test_installed_levels_are_the_model_that_was_searched(family, what, tmp_path
     assert sum(model.get_submodule(name).nbytes() for name in database.parts) == database.nbytes(levels)
     p, q = dense.double().log_softmax(-1), logits(model).double().log_softmax(-1)
     torch.testing.assert_close((p.exp() * (p - q)).sum(-1).mean(1), loss, rtol=1e-3, atol=1e-4)
-    save_compressed(model, tmp_path / "m.safetensors")
-    other = tiny(family, seed=5)
-    load_compressed(other, tmp_path / "m.safetensors")
-    assert torch.equal(logits(other), logits(model))
+    through_a_file(model, tiny(family, seed=5), tmp_path, IDS)
 
 
 @BOTH
@@ -184,10 +180,7 @@ def test_dropped_parts_store_nothing_generate_and_load(family, tmp_path):
     gone = [m for m in model.modules() if isinstance(m, ZeroLinear)]
     assert len(gone) == (4 if family == "gpt2" else 7) and sum(m.nbytes() for m in gone) == 0
     assert model.generate(IDS[:1], max_new_tokens=4, do_sample=False).shape == (1, 12)
-    save_compressed(model, tmp_path / "m.safetensors")
-    other = tiny(family, seed=5)
-    load_compressed(other, tmp_path / "m.safetensors")
-    assert torch.equal(logits(other), logits(model))
+    through_a_file(model, tiny(family, seed=5), tmp_path, IDS)
 
 
 def test_the_statistics_come_from_blocks_at_the_base_level():

@@ -4,21 +4,18 @@
 """
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_scripts import load_script
 
 from refimpl.quantization.gptq import GPTQ
 from refimpl.quantization.grids import Grid, dequantize
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "data" / "quantization_golden.py"
-spec = importlib.util.spec_from_file_location("quantization_golden", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
+golden = load_script("quantization_golden")
 
 
 def arrays(peer):

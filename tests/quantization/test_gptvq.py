@@ -5,14 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from quantization_runs import IDS, logits, shallow, through_a_file
 
-from refimpl.checks.tiny import random_ids, tiny
-from refimpl.quantization import GPTQ, RTN, compress_model, load_compressed, save_compressed
+from refimpl.checks.tiny import tiny
+from refimpl.quantization import GPTQ, RTN, compress_model
 from refimpl.quantization.codebooks import CodebookLinear, Codebooks, decode
 from refimpl.quantization.feedback import damped
 from refimpl.quantization.gptvq import GPTVQ, least_squares, mahalanobis_points
-
-IDS = random_ids(6, 24)
 
 
 def problem(d_out=64, d_in=32, seed=0):
@@ -30,11 +29,6 @@ def error(W, H, Q):
 
 def restored(found):
     return decode(found.codes, found.books.dense())
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("vdim", [1, 2, 4])
@@ -123,10 +117,11 @@ def test_start_points_and_dead_inputs():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_of_codes_and_codebooks(family, tmp_path):
-    model, plain = tiny(family), tiny(family)
+    model, plain = shallow(family), shallow(family)
     report = compress_model(model, GPTVQ(8, 1), IDS)
-    near = (logits(model) - logits(plain)).std()
-    assert near < 0.1 * logits(plain).std()
+    before = logits(plain)
+    near = (logits(model) - before).std()
+    assert near < 0.1 * before.std()
     for row in report.rows:
         layer, old = model.get_submodule(row.name), plain.get_submodule(row.name)
         assert isinstance(layer, CodebookLinear)
@@ -135,13 +130,10 @@ def test_a_model_of_codes_and_codebooks(family, tmp_path):
         with torch.no_grad():
             (old.weight if family == "llama" else old.weight.T).copy_(layer.weight)
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
-    coarse = tiny(family)
+    coarse = shallow(family)
     compress_model(coarse, GPTVQ(2, 2), IDS)
-    assert (logits(coarse) - logits(tiny(family))).std() > 4 * near
-    save_compressed(coarse, tmp_path / "model")
-    loaded = tiny(family, seed=1)
-    load_compressed(loaded, tmp_path / "model")
-    assert torch.equal(logits(loaded), logits(coarse))
+    assert (logits(coarse) - before).std() > 4 * near
+    through_a_file(coarse, shallow(family, seed=1), tmp_path)
 
 
 def test_bad_input_is_refused_before_anything_changes():

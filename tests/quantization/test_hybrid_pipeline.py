@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from quantization_runs import through_a_file
 
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.ledger import of_model
@@ -154,10 +155,7 @@ def test_the_repair_comes_nearer_and_leaves_mask_and_integers_bit_for_bit(family
     if what == "lora":
         assert all(isinstance(layer, RepairedLinear) for layer in layers)
         assert report.trained * 2 == factors
-    save_compressed(model, tmp_path / "model.safetensors")
-    fresh = small(family, seed=1)
-    load_compressed(fresh, tmp_path / "model.safetensors")
-    assert torch.equal(logits(fresh), logits(model))
+    through_a_file(model, small(family, seed=1), tmp_path, IDS)
 
 
 def test_without_sparsity_it_is_gptq_and_without_training_the_compressed_model():

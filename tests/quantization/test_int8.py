@@ -2,36 +2,28 @@
 
 import copy
 import hashlib
-import importlib.util
 from math import inf
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_scripts import load_script
+from quantization_runs import IDS, logits, shallow, through_a_file
 
 from refimpl.backbone import Backbone
-from refimpl.checks.tiny import FAMILIES, random_ids, tiny
-from refimpl.quantization import calibrate, compress_model, consumers, load_compressed, save_compressed
+from refimpl.checks.tiny import FAMILIES
+from refimpl.quantization import calibrate, compress_model, consumers
 from refimpl.quantization.activations import W8A8, int8_weight, quantize_activations
 from refimpl.quantization.int8 import LLMInt8, LLMInt8Linear
 from refimpl.quantization.outliers import inject_outliers
 
-IDS = random_ids(6, 24)
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "data" / "quantization_golden_bitsandbytes.py"
-spec = importlib.util.spec_from_file_location("quantization_golden_bitsandbytes", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
+golden = load_script("quantization_golden_bitsandbytes")
 
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 # --- the layer ------------------------------------------------------------------------------------
@@ -94,7 +86,7 @@ def test_the_gradient_passes():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_model_stays_close_and_comes_back_from_a_file(tmp_path, family):
-    model = tiny(family)
+    model = shallow(family)
     before = logits(model)
     exact = copy.deepcopy(model)
     compress_model(exact, LLMInt8(0, keep_weight=True), IDS)
@@ -103,15 +95,12 @@ def test_a_whole_model_stays_close_and_comes_back_from_a_file(tmp_path, family):
     assert 0 < (logits(model) - before).std() < 0.05 * before.std()
     assert all(type(model.get_submodule(row.name)) is LLMInt8Linear for row in report.rows)
     for one in (model, exact):
-        save_compressed(one, tmp_path / "m.safetensors")
-        loaded = tiny(family, seed=1)
-        load_compressed(loaded, tmp_path / "m.safetensors")
-        assert torch.equal(logits(loaded), logits(one))
+        through_a_file(one, shallow(family, seed=1), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_injected_channels_are_found_and_repaired(family):
-    model = tiny(family)
+    model = shallow(family)
     before = logits(model)
     calm = max(float(s.absmax.max()) for s in calibrate(model, IDS).values())
     bb, factor = Backbone(model), 1000.0

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from quantization_runs import IDS, logits, shallow, through_a_file
 
 from refimpl.backbone import Backbone
-from refimpl.checks.tiny import FAMILIES, random_ids, tiny
+from refimpl.checks.tiny import FAMILIES, tiny
 from refimpl.lora import add_lora
-from refimpl.quantization import calibrate, compress_model, load_compressed, save_compressed, stats_of
+from refimpl.quantization import calibrate, compress_model, stats_of
 from refimpl.quantization.activations import (
     W8A8,
     Int8Linear,
@@ -18,17 +19,11 @@ from refimpl.quantization.activations import (
 )
 from refimpl.quantization.grids import Grid, dequantize
 
-IDS = random_ids(6, 24)
 CHOICES = [(w, a) for w in ("row", "tensor") for a in ("token", "tensor", "static")]
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 # --- activations ----------------------------------------------------------------------------------
@@ -148,17 +143,14 @@ def test_the_gradient_is_that_of_the_dequantized_weight():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("weights", "activations"), [("row", "token"), ("tensor", "static")])
 def test_a_whole_model_stays_close_and_comes_back_from_a_file(tmp_path, family, weights, activations):
-    model = tiny(family)
+    model = shallow(family)
     before = logits(model)
     report = compress_model(model, W8A8(weights, activations), IDS)
     error = (logits(model) - before).std()
     assert 0 < error < 0.1 * before.std()
     assert report.bits < 10.1
     assert all(type(model.get_submodule(row.name)) is Int8Linear for row in report.rows)
-    save_compressed(model, tmp_path / "m.safetensors")
-    loaded = tiny(family, seed=1)
-    load_compressed(loaded, tmp_path / "m.safetensors")
-    assert torch.equal(logits(loaded), logits(model))
+    through_a_file(model, shallow(family, seed=1), tmp_path)
 
 
 def test_lora_trains_on_top():

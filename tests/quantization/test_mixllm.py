@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from quantization_runs import through_a_file
 
 from refimpl.checks.tiny import random_ids, tiny
 from refimpl.quantization import (
@@ -13,8 +14,6 @@ from refimpl.quantization import (
     compress_model,
     compressed_names,
     dequantize,
-    load_compressed,
-    save_compressed,
     stats_of,
 )
 from refimpl.quantization.feedback import damped
@@ -218,11 +217,7 @@ def test_a_model_is_compressed_saved_and_loaded(family, tmp_path):
     done = mixllm(model, IDS, 0.2, low=2, group=8)
     assert set(compressed_names(model)) == set(done.rows)
     assert all(isinstance(model.get_submodule(name), MixedRows) for name in done.rows)
-    save_compressed(model, tmp_path / "m.safetensors")
-    other = tiny(family, seed=1, num_hidden_layers=1)
-    load_compressed(other, tmp_path / "m.safetensors")
-    with torch.no_grad():
-        assert torch.equal(model(IDS).logits, other(IDS).logits)
+    through_a_file(model, tiny(family, seed=1, num_hidden_layers=1), tmp_path, IDS)
 
 
 def test_all_rows_at_eight_bits_is_nearly_the_model_and_more_rows_are_better():

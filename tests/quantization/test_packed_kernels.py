@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from quantization_runs import IDS, logits, shallow
 from safetensors import safe_open
 
-from refimpl.checks.tiny import FAMILIES, random_ids, tiny
+from refimpl.checks.tiny import FAMILIES, tiny
 from refimpl.lora import add_lora
 from refimpl.quantization import (
     GPTQ,
@@ -23,7 +24,6 @@ from refimpl.quantization.activations import W8A8, Int8Linear
 from refimpl.quantization.awq import awq
 from refimpl.quantization.kernels import PackedInt4, PackedInt8, PackedW8A8, pack_for_cpu, unpack_from_cpu
 
-IDS = random_ids(6, 24)
 RECIPES = {
     "int8": RTN(8, "restricted"),
     "int8-tensor": RTN(8, "full", "tensor"),
@@ -56,11 +56,6 @@ def pair(recipe, W):
     model = torch.nn.Sequential(plain)
     pack_for_cpu(model)
     return plain, model[0]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def relative(y, expected):
@@ -182,7 +177,7 @@ def test_gradients_are_the_references(recipe):
 @pytest.mark.parametrize("recipe", [RTN(8, "full"), RTN(4, group=32), GPTQ(4, "full", 32), W8A8()], ids=str)
 def test_models_compute_what_they_did(family, recipe):
     changes = {"hidden_size": 64} | ({} if family == "gpt2" else {"intermediate_size": 96})
-    model = tiny(family, **changes)
+    model = shallow(family, **changes)
     float_logits = logits(model)
     compress_model(model, recipe, IDS)
     expected, names = logits(model), compressed_names(model)
@@ -203,7 +198,7 @@ def test_models_compute_what_they_did(family, recipe):
 
 @pytest.mark.parametrize("recipe", [RTN(8, "full"), RTN(4, group=32), W8A8()], ids=["int8", "int4", "w8a8"])
 def test_files_hold_the_plain_storage_and_pack_where_they_are_loaded(tmp_path, recipe, monkeypatch):
-    model = tiny("llama", hidden_size=64, intermediate_size=96)
+    model = shallow("llama", hidden_size=64, intermediate_size=96)
     compress_model(model, recipe, IDS)
     save_compressed(model, tmp_path / "plain")
     pack_for_cpu(model)
@@ -211,13 +206,13 @@ def test_files_hold_the_plain_storage_and_pack_where_they_are_loaded(tmp_path, r
     with safe_open(tmp_path / "plain", "pt") as a, safe_open(tmp_path / "packed", "pt") as b:
         assert set(a.keys()) == set(b.keys())
         assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
-    again = tiny("llama", seed=1, hidden_size=64, intermediate_size=96)
+    again = shallow("llama", seed=1, hidden_size=64, intermediate_size=96)
     load_compressed(again, tmp_path / "packed")
     assert torch.equal(logits(again), logits(model))
     kept = {type(again.get_submodule(name)) for name in compressed_names(again)}
     assert kept <= {PackedInt8, PackedInt4, PackedW8A8}
     monkeypatch.setattr(kernels, "available", lambda kernel: False)
-    elsewhere = tiny("llama", seed=1, hidden_size=64, intermediate_size=96)
+    elsewhere = shallow("llama", seed=1, hidden_size=64, intermediate_size=96)
     load_compressed(elsewhere, tmp_path / "packed")
     assert relative(logits(elsewhere), logits(model)) < 2e-2
     layers = [elsewhere.get_submodule(name) for name in compressed_names(elsewhere)]
@@ -235,7 +230,7 @@ def test_the_bytes_in_memory():
 
 
 def test_lora_trains_on_packed_layers():
-    model = tiny("llama", hidden_size=64, intermediate_size=96)
+    model = shallow("llama", hidden_size=64, intermediate_size=96)
     compress_model(model, RTN(4, group=32), IDS)
     twin = copy.deepcopy(model)
     pack_for_cpu(model)
@@ -250,7 +245,7 @@ def test_lora_trains_on_packed_layers():
 
 
 def test_what_has_no_packed_product_stays_and_says_why():
-    model = tiny("gpt2", hidden_size=64)
+    model = shallow("gpt2", hidden_size=64)
     choice = {"c_attn": RTN(3, group=32), "attn.c_proj": RTN(8), "c_fc": RTN(8, "full", 32)}
     rest = RTN(4, "full", group=1)
     compress_model(
@@ -264,13 +259,13 @@ def test_what_has_no_packed_product_stays_and_says_why():
     assert reasons == ["unchanged: 3 bits", "unchanged: 8 bits with zero points",
                        "unchanged: 8 bits in groups", "unchanged: groups of odd length"]  # fmt: skip
     assert torch.equal(logits(model), expected)
-    scaled = tiny("gpt2", hidden_size=64)
+    scaled = shallow("gpt2", hidden_size=64)
     awq(scaled, IDS, 4, 32)
     assert pack_for_cpu(scaled)["transformer.h.0.mlp.c_proj"] == "unchanged: ScaledLinear"
 
 
 def test_a_compressed_head_is_packed_too():
-    model = tiny("llama", hidden_size=64, intermediate_size=96)
+    model = shallow("llama", hidden_size=64, intermediate_size=96)
     untie_head(model)
     compress_model(model, RTN(8, "full"), IDS, head=True)
     expected = logits(model)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from quantization_runs import through_a_file
 from torch import nn
 
 from refimpl.checks.tiny import FAMILIES, random_ids
@@ -13,7 +14,6 @@ from refimpl.quantization import (
     RTN,
     GridLinear,
     compressed_names,
-    load_compressed,
     save_compressed,
 )
 from refimpl.quantization.frozen import compress_frozen
@@ -161,10 +161,8 @@ def test_a_model_is_saved_loaded_and_cast_without_loss(family, tmp_path):
     model = tiny(family)
     peqa(model, bits=3, group=8)
     tune_scales(model, lambda step: IDS, steps=2, batch=4, lr=0.01)
-    save_compressed(model, tmp_path / "m.safetensors")
-    again = tiny(family, seed=1)
-    names = load_compressed(again, tmp_path / "m.safetensors")
-    assert torch.equal(logits(again), logits(model))
+    again = through_a_file(model, tiny(family, seed=1), tmp_path, IDS)
+    names = compressed_names(model)
     layer = copy.deepcopy(again.get_submodule(names[0])).to(torch.bfloat16)
     assert torch.equal(layer.scale, again.get_submodule(names[0]).scale)
     tune_scales(again, lambda step: IDS, steps=1, batch=4, lr=0.01)  # freezes all else

@@ -4,23 +4,22 @@
 """
 
 import hashlib
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from data_scripts import load_script
+from quantization_runs import IDS, logits, shallow, through_a_file
 
 from refimpl.backbone import Backbone
-from refimpl.checks.tiny import random_ids, tiny
+from refimpl.checks.tiny import tiny
 from refimpl.quantization import (
     GPTQ,
     RTN,
     compress_model,
-    load_compressed,
     output_distortion,
-    save_compressed,
 )
 from refimpl.quantization.e8p import CODEBOOKS, decode
 from refimpl.quantization.feedback import feedback_quantize
@@ -28,15 +27,11 @@ from refimpl.quantization.hadamard import RandomHadamard, hadamard_factors, inco
 from refimpl.quantization.quip import QuIP, QuIPLinear, QuIPSharp, QuIPSharpLinear, ldlq
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "data" / "quantization_golden_quip.py"
-spec = importlib.util.spec_from_file_location("quantization_golden_quip", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
+golden = load_script("quantization_golden_quip")
 RECIPES = {
     "quip": QuIP(3), "quip-plain": QuIP(2, rescale=False), "sharp-2": QuIPSharp(2), "sharp-3": QuIPSharp(3),
     "sharp-4": QuIPSharp(4),
 }  # fmt: skip
-IDS = random_ids(4, 24)
 
 
 def layer_of(seed=0, d_out=40, d_in=48, outlier=1.0):
@@ -46,11 +41,6 @@ def layer_of(seed=0, d_out=40, d_in=48, outlier=1.0):
     X = torch.randn(400, 8, generator=generator) @ torch.randn(8, d_in, generator=generator)
     X += 0.3 * torch.randn(400, d_in, generator=generator)
     return W, X, SimpleNamespace(H=2 / 400 * X.double().T @ X.double())
-
-
-def logits(model, ids=IDS):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 # --- the authors' programs ------------------------------------------------------------------------
@@ -179,10 +169,10 @@ def test_matrices_of_zeros_and_dead_inputs():
 
 @pytest.mark.parametrize("family", ("gpt2", "llama"))
 def test_models_of_both_families_generate_with_it(family):
-    model, plain = tiny(family), tiny(family)
+    model, plain = shallow(family), shallow(family)
     before = logits(plain)
     report = compress_model(
-        model, lambda *layer: RECIPES["sharp-4" if "2" in layer[0] else "quip"](*layer), IDS
+        model, lambda *layer: RECIPES["sharp-4" if "mlp" in layer[0] else "quip"](*layer), IDS
     )
     for row in report.rows:
         layer, old = model.get_submodule(row.name), plain.get_submodule(row.name)
@@ -199,9 +189,9 @@ def test_models_of_both_families_generate_with_it(family):
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
 def test_with_enough_bits_it_is_the_plain_model(family):
-    before, models = logits(tiny(family)), {}
+    before, models = logits(shallow(family)), {}
     for recipe in (QuIP(8, 6.0), QuIP(2), QuIPSharp(4), QuIPSharp(2)):
-        models[recipe] = tiny(family)
+        models[recipe] = shallow(family)
         compress_model(models[recipe], recipe, IDS)
     error = {recipe: float((logits(m) - before).std() / before.std()) for recipe, m in models.items()}
     assert 4 * error[QuIP(8, 6.0)] < error[QuIP(2)] and error[QuIPSharp(4)] < error[QuIPSharp(2)]
@@ -209,11 +199,9 @@ def test_with_enough_bits_it_is_the_plain_model(family):
 
 @pytest.mark.parametrize("name", ("quip", "sharp-3", "sharp-4"))
 def test_files_bring_the_same_model_back(name, tmp_path):
-    model, other = tiny("llama"), tiny("llama", seed=1)
+    model = shallow("llama")
     compress_model(model, RECIPES[name], IDS)
-    save_compressed(model, tmp_path / "model.safetensors")
-    load_compressed(other, tmp_path / "model.safetensors")
-    assert torch.equal(logits(other), logits(model))
+    through_a_file(model, shallow("llama", seed=1), tmp_path)
 
 
 # --- refusals -------------------------------------------------------------------------------------

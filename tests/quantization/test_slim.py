@@ -5,21 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quantization_runs import IDS, logits, shallow, through_a_file
 
-from refimpl.checks.tiny import random_ids, tiny
+from refimpl.checks.tiny import tiny
 from refimpl.quantization import (
     GridLinear,
     compress_model,
     compressed_names,
     dequantize,
-    load_compressed,
-    save_compressed,
     stats_of,
 )
 from refimpl.quantization.slim import SLiM, clip_point, saliency, slim_quantize, wanda_mask
 from refimpl.quantization.sparse import SparseLinear
 
-IDS = random_ids(6, 24)
 GOLDEN = Path(__file__).parent / "golden" / "slim.npz"
 
 
@@ -28,11 +26,6 @@ def layer(d_out=48, d_in=64):
     W = torch.randn(2, d_out, d_in, generator=generator).prod(0) * 0.1
     X = torch.randn(200, d_in, generator=generator) * torch.linspace(0.2, 3, d_in)
     return W, X, stats_of(X)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def error(W, alpha, bits):
@@ -152,17 +145,14 @@ def test_the_authors_arrays():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_models_and_files(family, tmp_path):
-    model = tiny(family)
+    model = shallow(family)
     before = logits(model)
     off = []
     for settings in ({"rank": 0}, {"rank": 0.5, "tile": 8}, {"sparsity": "none", "bits": 8, "rank": 0}):
-        model = tiny(family)
+        model = shallow(family)
         report = compress_model(model, SLiM(**settings), IDS)
         off.append(float((logits(model) - before).norm() / before.norm()))
-        save_compressed(model, tmp_path / "slim.safetensors")
-        again = tiny(family, seed=1)
-        assert load_compressed(again, tmp_path / "slim.safetensors") == compressed_names(model)
-        assert torch.equal(logits(again), logits(model))
+        again = through_a_file(model, shallow(family, seed=1), tmp_path)
         assert all(again.get_submodule(row.name).nbytes() == row.nbytes for row in report.rows)
     assert off[0] > off[1] > off[2] and off[2] < 0.05  # 8 bits and no zeros: nearly the plain model
 

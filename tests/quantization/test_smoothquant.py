@@ -2,17 +2,18 @@
 
 import copy
 import hashlib
-import importlib.util
 from math import exp
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_scripts import load_script
+from quantization_runs import IDS, logits, shallow, through_a_file
 from torch import nn
 
 from refimpl.backbone import Backbone
-from refimpl.checks.tiny import FAMILIES, random_ids, tiny
+from refimpl.checks.tiny import FAMILIES
 from refimpl.quantization import (
     GPTQ,
     RTN,
@@ -20,29 +21,18 @@ from refimpl.quantization import (
     compress_model,
     compressed_names,
     consumers,
-    load_compressed,
-    save_compressed,
 )
 from refimpl.quantization.activations import W8A8
 from refimpl.quantization.linear import dense_weight
 from refimpl.quantization.outliers import inject_outliers
 from refimpl.quantization.smoothquant import smooth, smoothing_factor, smoothquant
 
-IDS = random_ids(6, 24)
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "data" / "quantization_golden_smoothquant.py"
-spec = importlib.util.spec_from_file_location("quantization_golden_smoothquant", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
+golden = load_script("quantization_golden_smoothquant")
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def injected(family):
-    model = tiny(family)
+def injected(family, layers=1):
+    model = shallow(family, num_hidden_layers=layers)
     inject_outliers(model, torch.Generator().manual_seed(0), channels=2)
     return model
 
@@ -65,7 +55,7 @@ def test_the_function_stays_and_the_ranges_are_those_of_the_formula(family, alph
     factors = smooth(model, IDS, alpha)
     torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
     after = calibrate(model, IDS)
-    assert len(factors) == 6
+    assert len(factors) == 2
     for (layer, site), s in factors.items():
         a, w = ranges(plain, layer, site, stats)
         torch.testing.assert_close(s, a**alpha / w ** (1 - alpha), rtol=1e-5, atol=0)
@@ -134,10 +124,7 @@ def test_outliers_break_one_scale_for_all_and_smoothing_repairs_it(family):
 def test_it_comes_back_from_a_file(tmp_path, family, activations):
     model = injected(family)
     smoothquant(model, IDS, 0.5, W8A8("tensor", activations))
-    save_compressed(model, tmp_path / "m.safetensors")
-    loaded = tiny(family, seed=1)
-    load_compressed(loaded, tmp_path / "m.safetensors")
-    assert torch.equal(logits(loaded), logits(model))
+    loaded = through_a_file(model, shallow(family, seed=1), tmp_path)
     generated = model.generate(IDS[:1, :5], max_new_tokens=3, do_sample=False)
     assert torch.equal(loaded.generate(IDS[:1, :5], max_new_tokens=3, do_sample=False), generated)
 
@@ -161,7 +148,7 @@ def test_any_recipe_can_follow():
 
 
 def test_bad_input_changes_nothing():
-    model = injected("llama")
+    model = injected("llama", layers=3)
     before = {key: t.clone() for key, t in model.state_dict().items()}
 
     def fails(name, weight, stats):
@@ -169,7 +156,7 @@ def test_bad_input_changes_nothing():
             raise RuntimeError("the recipe gave up")
         return RTN(8)(name, weight)
 
-    broken = injected("llama")
+    broken = injected("llama", layers=3)
     broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
     W = torch.ones(2, 3)
     for call, error, message in [
@@ -203,12 +190,11 @@ def test_bad_input_changes_nothing():
 # --- a trained model ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_on_a_trained_model_with_injected_outliers_perplexity_comes_back(bundled):
     from refimpl.quantization.texts import calibration_ids, document_nll, evaluation_ids
 
     model, tokenizer = bundled("llama-nano")
-    ids, test = calibration_ids(tokenizer, 8, 128), evaluation_ids(tokenizer, 8, 128)
+    ids, test = calibration_ids(tokenizer, 4, 64), evaluation_ids(tokenizer, 4, 64)
     outliers = copy.deepcopy(model)
     inject_outliers(outliers, torch.Generator().manual_seed(0))
     found = {"plain": model}

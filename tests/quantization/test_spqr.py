@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quantization_runs import IDS, through_a_file
 
-from refimpl.checks.tiny import random_ids, tiny
-from refimpl.quantization import GPTQ, RTN, compress_model, load_compressed, save_compressed, stats_of
+from refimpl.checks.tiny import tiny
+from refimpl.quantization import GPTQ, RTN, compress_model, stats_of
 from refimpl.quantization.feedback import damped, feedback_quantize
 from refimpl.quantization.spqr import SpQR, SpQRLinear, leave_one_out
 
-IDS = random_ids(6, 24)
 GOLDEN = Path(__file__).parent / "golden" / "spqr.npz"
 CASES = {
     "3": (3, inf, 3, False),
@@ -159,11 +159,7 @@ def test_models_are_compressed_saved_and_loaded(family, recipe, tmp_path):
     model = tiny(family, num_hidden_layers=1)
     report = compress_model(model, recipe, IDS)
     assert report.bits < 9
-    save_compressed(model, tmp_path / "m.safetensors")
-    other = tiny(family, seed=1, num_hidden_layers=1)
-    load_compressed(other, tmp_path / "m.safetensors")
-    with torch.no_grad():
-        assert torch.equal(model(IDS).logits, other(IDS).logits)
+    through_a_file(model, tiny(family, seed=1, num_hidden_layers=1), tmp_path)
 
 
 def test_outliers_bring_the_outputs_closer_to_the_models():

@@ -1,13 +1,12 @@
 """The scripts that measure chapter 4 run in their small modes; what is stored is of these sources."""
 
-import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_scripts import load_script
 
 from refimpl.checks.tiny import random_ids, tiny
 from refimpl.models import load
@@ -19,14 +18,7 @@ ROOT = Path(__file__).parents[2]
 STORED = ROOT / "data" / "results" / "quantization"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", ["grid", "gpu", "bench", "peers"])
+@pytest.mark.parametrize("name", ["grid", "gpu", "bench", "peers", "trained"])
 def test_stored_results_are_of_these_sources(name):
     file = STORED / f"{name}.json"
     if not file.is_file():
@@ -41,13 +33,11 @@ def test_stored_cells_name_settings_that_are_still_those_of_the_catalogue():
         assert set(table) - {"none"} <= set(METHODS) and "none" in table
 
 
-def test_gpu_script_in_its_small_mode(tmp_path):
-    out, to = tmp_path / "out", tmp_path / "gpu.json"
-    command = [sys.executable, str(ROOT / "data" / "quantization_gpu.py")]
-    tiny_run = ["--tiny", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run([*command, *tiny_run], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    subprocess.run([*command, "--join", str(out), "--to", str(to)], check=True, capture_output=True)
+def test_gpu_script_in_its_small_mode(tmp_path, monkeypatch):
+    gpu, out, to = load_script("quantization_gpu"), str(tmp_path / "out"), tmp_path / "gpu.json"
+    for given in (["--tiny", "--device", "cpu", "--out", out], ["--join", out, "--to", str(to)]):
+        monkeypatch.setattr(sys, "argv", ["quantization_gpu.py", *given])
+        assert gpu.main() == 0
     runs = json.loads(to.read_text())["runs"]
     assert set(runs) == {f"{size}-{method}-4-g128" for size in ("1.3B", "7B") for method in ("gptq", "rtn")}
     for run in runs.values():
@@ -56,7 +46,7 @@ def test_gpu_script_in_its_small_mode(tmp_path):
 
 
 def test_the_grid_names_every_method_and_finds_its_sources():
-    grid = script("quantization_grid")
+    grid = load_script("quantization_grid")
     cells = grid.cells()
     assert len(set(cells)) == len(cells) == len({grid.path_of(cell) for cell in cells})
     assert {cell[1] for cell in cells} == {*METHODS, grid.DENSE}
@@ -72,7 +62,7 @@ def test_an_unknown_method_is_refused():
 
 def test_a_model_loses_nothing_against_itself_and_something_when_compressed():
     model, tokenizer = load("llama-nano")
-    probe = standard_probe(tokenizer, documents=2, items=4, length=64)
+    probe = standard_probe(tokenizer, documents=2, items=1, length=64)
     same = measure(model, probe, model)
     assert all(np.abs(values).max() < 1e-6 for values in same.kl.values())
     assert all(values.max() == 0 for values in same.flip.values())

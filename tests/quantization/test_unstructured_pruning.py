@@ -2,17 +2,18 @@
 
 import copy
 import hashlib
-import importlib.util
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_scripts import load_script
+from quantization_runs import IDS, logits, shallow
 from torch import nn
 from torch.nn.utils import prune
 
-from refimpl.checks.tiny import random_ids, tiny
+from refimpl.checks.tiny import tiny
 from refimpl.quantization import RTN, compress_model, compressed_names, stats_of
 from refimpl.quantization.feedback import damped
 from refimpl.quantization.gptq import GPTQ
@@ -23,12 +24,8 @@ from refimpl.quantization.pruning.unstructured import Magnitude, Wanda, highest
 from refimpl.quantization.sparse import SparseLinear
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "data" / "quantization_golden_pruning.py"
-spec = importlib.util.spec_from_file_location("quantization_golden_pruning", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
+golden = load_script("quantization_golden_pruning")
 
-IDS = random_ids(8, 32)
 METHODS = (Magnitude, Wanda, SparseGPT)
 FLOAT = {"dtype": torch.float32}
 
@@ -45,11 +42,6 @@ def problem(rows=16, columns=64, tokens=300, rank=12, seed=0):
 def objective(W, Q, H):
     E = W.double() - Q.double()
     return float(((E @ H) * E).sum())
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 # --- peers ----------------------------------------------------------------------------------------
@@ -112,11 +104,11 @@ def test_n_of_m_holds_in_every_group(method, pattern):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_nothing_left_out_is_the_plain_model(method, family):
-    model = tiny(family)
+    model = shallow(family)
     before = logits(model)
     compress_model(model, method(0.0, **FLOAT), IDS)
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
-    half = tiny(family)
+    half = shallow(family)
     report = compress_model(half, method(0.5), IDS)
     assert (logits(half) - before).std() > 0.05 * before.std()
     assert report.bits == pytest.approx(9, abs=0.01) and len(compressed_names(half)) == len(report.rows)
@@ -178,7 +170,7 @@ def test_the_rounding_of_the_stored_values_is_fed_back():
 
 def test_wanda_does_not_see_how_a_channel_is_scaled_and_magnitude_does():
     for family in ("gpt2", "llama"):
-        plain, injected = tiny(family), tiny(family)
+        plain, injected = shallow(family), shallow(family)
         inject_outliers(injected, torch.Generator().manual_seed(0), channels=4, factor=64.0)
         masks = {}
         for cls in (Wanda, Magnitude):
@@ -234,7 +226,7 @@ def test_what_the_solver_returns_is_what_the_layer_stores(sparsity, group):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_whole_model_on_a_grid(family):
-    model, pruned = tiny(family), tiny(family)
+    model, pruned = shallow(family), shallow(family)
     before = logits(model)
     report = compress_model(model, SparseGPT(0.0, grid=Grid(8, group=8)), IDS)
     assert (logits(model) - before).std() < 0.02 * before.std()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -66,3 +67,21 @@ def check_incoherence_mu(incoherence_mu: Callable[[Tensor], float]) -> None:
         expected = 9.0 * math.sqrt(m * n) / math.sqrt(total)
         got = float(incoherence_mu(W))
         require(math.isclose(got, expected, rel_tol=1e-4), f"{m} x {n}: {got:.4f} instead of {expected:.4f}")
+
+
+@check
+def check_best_signs(best_signs: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """`best_signs(y, s)`: the point with sizes s [8], in halves, and an even sum that is nearest to y [8]."""
+    every = torch.tensor(list(product((1.0, -1.0), repeat=8)))
+    for seed in range(24):
+        draw = torch.Generator().manual_seed(seed)
+        y, s = 2 * torch.randn(8, generator=draw), torch.randint(0, 3, (8,), generator=draw) + 0.5
+        kept = y.clone(), s.clone()
+        got, points = best_signs(y, s), every * s
+        require(torch.equal(y, kept[0]) and torch.equal(s, kept[1]), "y or s was changed")
+        require(tuple(got.shape) == (8,), f"the result has shape {list(got.shape)}")
+        require(torch.equal(got.abs(), s), f"the sizes are {got.abs().tolist()} instead of {s.tolist()}")
+        require(float(got.sum()) % 2 == 0, f"the sum is {float(got.sum())}, which is not even")
+        least = float((y - points[points.sum(1) % 2 == 0]).square().sum(1).min())
+        found = float((y - got).square().sum())
+        require(found <= least + 1e-4, f"squared distance {found:.3f}, the nearest point has {least:.3f}")

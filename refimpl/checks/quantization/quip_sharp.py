@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from refimpl.checks import check, require, require_close
+from refimpl.checks.quantization.rotations import problem, require_layer, schur, transform_matrix
 
 IMPLEMENTATION = {"quip_sharp": "refimpl.quantization.quip:QuIPSharp"}
 ROWS, COLUMNS = 24, 32
-DAMP, RMS, RESIDUAL = 0.01, 1.03, 3.45
+RMS, RESIDUAL = 1.03, 3.45
 NORM_12 = (
     "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047"
 )
@@ -21,12 +22,7 @@ NORM_12 += " 056 046 014 237"
 @check
 def check_quip_sharp(QuIPSharp: Callable) -> None:
     """`QuIPSharp(bits)(name, weight, stats)` -> layer; `layer.transforms()` -> (L, R), `rotated()` -> W'."""
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(ROWS, COLUMNS, generator=generator)
-    W[:, 3] *= 8
-    mix = torch.randn(6, COLUMNS, generator=generator)
-    X = torch.randn(300, 6, generator=generator) @ mix + 0.2 * torch.randn(300, COLUMNS, generator=generator)
-    H = 2 / len(X) * X.double().T @ X.double()
+    W, X, H = problem(ROWS, COLUMNS)
     points = _points()
     for bits in (2, 4):
         what = f"{bits} bits"
@@ -36,21 +32,14 @@ def check_quip_sharp(QuIPSharp: Callable) -> None:
         scale = rotated.square().mean().sqrt() / RMS
         quantized = _ldlq(rotated / scale, R @ H @ R.T, points, bits) * scale
         expected = L.T @ quantized @ R
-        found = layer.weight.double()
-        errors = [float((((W - Q) @ H) * (W - Q)).sum()) for Q in (found, expected)]
-        require_close(
-            found, expected, 1e-3, f"{what}: loss {errors[0]:.4g} where QuIP# has {errors[1]:.4g}; W^"
-        )
-        require_close(layer.rotated(), quantized, 1e-3, f"{what}: W'")
-        require_close(layer(X[:5]), X[:5] @ layer.weight.T, 1e-3, f"{what}: outputs and x W^'")
         limit = bits + (ROWS + COLUMNS + 48) / (ROWS * COLUMNS)  # signs, a scale, a half-filled unit
-        require(layer.bits_per_weight <= limit, f"{what}: {layer.bits_per_weight:.3f} bits, over {limit:.3f}")
+        require_layer(layer, W, expected, X, H, limit, "QuIP#", what)
+        require_close(layer.rotated(), quantized, 1e-3, f"{what}: W'")
 
 
 def _matrix(transform: Callable, n: int, what: str) -> Tensor:
     """The matrix of a randomized Hadamard transform of rows."""
-    M = transform(torch.eye(n, dtype=torch.float64)).T
-    require_close(M @ M.T, torch.eye(n).double(), 1e-5, f"{what}: transform times its transpose")
+    M = transform_matrix(transform, n, what)
     require_close(
         M.abs() * n**0.5, torch.ones(n, n).double(), 1e-5, f"{what}: magnitudes of the transform of {n}"
     )
@@ -73,14 +62,10 @@ def _points() -> Tensor:
 
 def _ldlq(W: Tensor, H: Tensor, points: Tensor, bits: int) -> Tensor:
     """From the last block of eight columns to the first; every point is looked at."""
-    H = H + DAMP * H.diagonal().mean() * torch.eye(COLUMNS)
     Q, half = torch.zeros_like(W), points.square().sum(1) / 2
     nearest = lambda x: points[(x @ points.T - half).argmax(1)]
     for a in reversed(range(0, COLUMNS, 8)):
-        b = a + 8
-        C = H.clone()
-        if a:
-            C -= H[:, :a] @ torch.linalg.solve(H[:a, :a], H[:a])
+        b, C = a + 8, schur(H, a)
         target = W[:, a:b] + (W[:, b:] - Q[:, b:]) @ C[b:, a:b] @ torch.linalg.inv(C[a:b, a:b])
         Q[:, a:b] = nearest(target)
         if bits == 4:

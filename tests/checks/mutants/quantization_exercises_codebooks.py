@@ -24,6 +24,27 @@ def incoherence_mu(W):
     return W.abs().max() * W.numel() ** 0.5 / W.norm()
 
 
+def best_signs(y, s):
+    point = torch.where(y < 0, -s, s)
+    if point.sum() % 2:
+        turned = (y.abs() * s).argmin()
+        point[turned] = -point[turned]
+    return point
+
+
+def _turned(cost):
+    """best_signs that turns the sign of least cost(y, s)."""
+
+    def wrong(y, s):
+        point = torch.where(y < 0, -s, s)
+        if point.sum() % 2:
+            i = cost(y, s).argmin()
+            point[i] = -point[i]
+        return point
+
+    return wrong
+
+
 def _greedy(x, A, B):
     i = int((x - A).square().sum(-1).argmin())
     return i, int((x - A[i] - B).square().sum(-1).argmin())
@@ -48,6 +69,7 @@ SOLUTIONS = {
     "walsh_hadamard": walsh_hadamard,
     "best_pair": best_pair,
     "incoherence_mu": incoherence_mu,
+    "best_signs": best_signs,
 }
 
 MUTANTS = [
@@ -62,5 +84,9 @@ MUTANTS = [
         int((x - A).square().sum(-1).argmin()), int((x - B).square().sum(-1).argmin())
     )),
     ("incoherence_mu", "largest value, not size", lambda W: W.max() * W.numel() ** 0.5 / W.norm()),
+    ("best_signs", "parity ignored", lambda y, s: torch.where(y < 0, -s, s)),
+    ("best_signs", "turns the smallest number of y", _turned(lambda y, s: y.abs())),
+    ("best_signs", "turns the smallest size", _turned(lambda y, s: s)),
+    ("best_signs", "the sizes themselves", lambda y, s: s.clone()),
     ("incoherence_mu", "columns only", lambda W: W.abs().max() * W.shape[1] ** 0.5 / W.norm()),
 ]  # fmt: skip

@@ -111,6 +111,10 @@ results-quantization: $(STAMP)  ## measure chapter 4's stored results anew; GPU=
 	$(if $(GPU),$(OFFLINE) $(PY) data/quantization_gpu.py --out build/quantization-gpu)
 	$(if $(GPU),$(OFFLINE) $(PY) data/quantization_gpu.py --join build/quantization-gpu)
 
+.PHONY: results-quantization-trained
+results-quantization-trained: $(STAMP)  ## the trained systems of chapter 4 over three seeds (JOBS=2, DEVICE=cuda)
+	$(OFFLINE) $(PY) data/quantization_trained.py --jobs $(or $(JOBS),1) --device $(or $(DEVICE),cpu)
+
 kvcache-addons: $(STAMP)  ## train chapter 5's add-ons and the models of its experiments (wants a GPU)
 	$(OFFLINE) $(PY) data/kvcache_adapters.py --out build/kvcache-dcp
 	$(OFFLINE) $(PY) data/kvcache_llmlingua2.py --out build/kvcache-llmlingua2 --texts 8000 --steps 2000

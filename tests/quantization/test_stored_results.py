@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 STORED = ROOT / "data" / "results" / "quantization"
 
 
-@pytest.mark.parametrize("name", ["grid", "gpu", "bench", "peers", "trained"])
+# gpu.json needs a machine that is not always there: the status page marks it when a source has changed.
+@pytest.mark.parametrize("name", ["grid", "bench", "peers", "trained"])
 def test_stored_results_are_of_these_sources(name):
     file = STORED / f"{name}.json"
     if not file.is_file():

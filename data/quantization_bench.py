@@ -208,8 +208,9 @@ class Speaker:
     def say(self) -> None:
         out = self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
         self.token = out.logits[:, -1:].argmax(-1)
-        if self.cache.get_seq_length() >= 2 * self.prompt.shape[1]:
-            self.cache.crop(self.prompt.shape[1])
+        more = self.cache.get_seq_length() - self.prompt.shape[1]
+        if more >= self.prompt.shape[1]:
+            self.cache.crop(-more)
 
 
 def compressed(model: nn.Module, recipe: Any, pack: bool = True) -> nn.Module:

@@ -24,7 +24,8 @@ import json
 import multiprocessing as mp
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -83,13 +84,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER, RESULTS = ROOT / "build" / "quantization_trained", ROOT / "data" / "results" / "quantization"
 SEEDS = (0, 1, 2)
 MODEL = "llama-nano"
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Where the imports of a system's modules are followed; the rest is not what the numbers are about.
 FOLLOWED = ("refimpl.quantization", "refimpl.backbone", "refimpl.gates", "refimpl.lora", "refimpl.training")
 ALWAYS = ("refimpl.backbone", "refimpl.quantization.harness", "refimpl.quantization.texts")
 DOCUMENTS, LENGTH, TEACHER_ROWS = 32, 128, 16
 
 Arm = tuple[str, dict[str, Any]]
+Pairs = tuple[tuple[str, str], ...]
 
 
 class Run:
@@ -133,6 +134,11 @@ def as_arm(found: Measured, numbers: dict[str, Any], items: dict[str, np.ndarray
     return row | {"numbers": rounded, "items": answers}
 
 
+def linear(model: nn.Module) -> tuple[str, ...]:
+    """The names of the linear layers inside blocks, as targets of LoRA."""
+    return tuple(dict.fromkeys(ref.name for ref in Backbone(model).linears()))
+
+
 def all_neurons(model: nn.Module) -> Tensor:
     bb = Backbone(model)
     return torch.ones(bb.n_layers, bb.F, dtype=torch.bool)
@@ -153,7 +159,7 @@ def nf4_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
     for arm in ("LoRA", "QLoRA", "PEQA 4 bits", "PEQA 3 bits"):
         model = run.model()
         if arm == "LoRA":
-            add_lora(model, LINEAR, s["rank"], s["alpha"], run.draws())
+            add_lora(model, linear(model), s["rank"], s["alpha"], run.draws())
         elif arm == "QLoRA":
             qlora(model, s["rank"], s["alpha"], run.draws())
         else:
@@ -185,7 +191,7 @@ def peqa_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
     tune_scales(model, batches, lr=s["lr_scales"], **training)
     yield "trained scales", run.measure(model, trained=report.trainable)
     model = run.model()
-    add_lora(model, LINEAR, s["rank"], s["alpha"], run.draws())
+    add_lora(model, linear(model), s["rank"], s["alpha"], run.draws())
     train(model, batches, short_run(lr=s["lr"], **training), progress=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield "LoRA on floats", run.measure(model, trained=trained)
@@ -211,16 +217,17 @@ def nuteprune_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
     """A quarter removed: with teachers, without, and one shot by the size of contributions, then LoRA."""
     ids = run.ids(s["rows"], s["length"]).to(run.device)
     training = {"steps": s["steps"], "batch": s["batch"]}
+    gpt2 = Backbone(run.source).is_gpt2
     yield "uncompressed", run.measure(run.source)
     for arm, teachers in (("progressive", "numerous"), ("no teacher", None)):
         model = run.model()
         report = nuteprune(
             model, ids, sparsity=s["sparsity"], generator=run.draws(), teachers=teachers, ahead=s["ahead"],
-            warmup=s["warmup"], masks_lr=s["masks_lr"], lambdas_lr=s["lambdas_lr"], lora_lr=s["lora_lr"],
-            **training,
+            hidden=not gpt2, warmup=s["warmup"], masks_lr=s["masks_lr"], lambdas_lr=s["lambdas_lr"],
+            lora_lr=s["lora_lr"], **training,
         )  # fmt: skip
-        heads, neurons, hidden = (int((m > 0).sum()) for m in vars(report.masks).values())
-        numbers = {"sparsity": report.sparsity, "heads": heads, "neurons": neurons, "hidden": hidden}
+        masks = {kind: m for kind, m in vars(report.masks).items() if m is not None}
+        numbers = {"sparsity": report.sparsity} | {kind: int((m > 0).sum()) for kind, m in masks.items()}
         yield arm, run.measure(model, teacher=True, target=s["sparsity"], **numbers)
         if arm == "progressive":
             reached = report.sparsity
@@ -231,7 +238,7 @@ def nuteprune_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
     )  # fmt: skip
     model = run.model()
     bb = Backbone(model)
-    add_lora(model, ("q_proj", "v_proj"), 8, 8.0, run.draws())
+    add_lora(model, ("c_attn",) if gpt2 else ("q_proj", "v_proj"), 8, 8.0, run.draws())
     with gated(bb, found.heads.float().to(run.device), found.neurons.float().to(run.device)):
         config = short_run(lr=s["lora_lr"], **training)
         train(model, drawn(ids, s["batch"], run.seed), config, progress=False)
@@ -248,7 +255,7 @@ def subset_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
     some = ids[: s["importance"]]
     training = {"steps": s["steps"], "batch": s["batch"]}
     bb = Backbone(run.source.to(run.device))
-    plain = head_importance(run.source, some, normalise=False).flatten().argsort()
+    plain = head_importance(run.source, some, normalise=False).flatten().argsort().cpu()
 
     def finished(heads: Tensor, model: nn.Module | None = None) -> dict[str, Any]:
         """Cut, and trained unless the weights have been."""
@@ -454,14 +461,22 @@ def edge_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
 
 @dataclass(frozen=True)
 class System:
-    """`arms` of one cell; `modules` of refimpl.quantization that they call; `settings`, and what `--quick`
-    changes in them; `pairs` of arms that are compared."""
+    """`arms` of one cell; `modules` of refimpl.quantization that they call; `settings` on llama-nano, what
+    `--quick` and what a model of twelve layers and 96 heads changes in them; `pairs` of arms to compare,
+    or a function of settings and arms that gives them."""
 
     arms: Callable[[Run, dict[str, Any]], Iterator[Arm]]
     modules: tuple[str, ...]
     settings: dict[str, Any]
     small: dict[str, Any]
-    pairs: tuple[tuple[str, str], ...] = field(default=())
+    pairs: Pairs | Callable[[dict[str, Any], Iterable[str]], Pairs]
+    mini: dict[str, Any] = field(default_factory=dict)
+
+    def settings_on(self, model: str) -> dict[str, Any]:
+        return self.settings | (self.mini if model.endswith("-mini") else {})
+
+    def compared(self, settings: dict[str, Any], arms: Iterable[str]) -> Pairs:
+        return self.pairs(settings, arms) if callable(self.pairs) else self.pairs
 
 
 TEXT = {"rows": 512, "length": 128, "batch": 2}
@@ -505,14 +520,15 @@ SYSTEMS: dict[str, System] = {
         ("pruning.subset_pruning", "pruning.head_sensitivity", "pruning.slicing", "peqa", "study"),
         TEXT | {"heads": (12, 8, 4), "steps": 40, "weights_lr": 1e-4, "importance": 32},
         TINY | {"heads": (8,), "importance": 2},
-        tuple(
+        lambda s, arms: tuple(
             (f"{a}, {k}", f"{b}, {k}")
-            for k in (12, 8, 4)
+            for k in s["heads"]
             for a, b in (("joint", "Michel, then trained"), ("joint", "Michel without norm, then trained"),
                          ("pipelined, then trained", "Michel, then trained"),
                          ("pipelined, then trained", "Michel without norm, then trained"),
                          ("joint", "pipelined, then trained"))
         ),
+        {"heads": (72, 48, 24)},
     ),
     "head-gates": System(
         gates_arms, ("pruning.head_gates", "study"),
@@ -557,12 +573,13 @@ SYSTEMS: dict[str, System] = {
         sensitivity_arms, ("pruning.head_sensitivity", "study"),
         {"calibration": 32, "length": 128, "removed": (2, 5, 10)},
         {"calibration": 2, "length": 16, "removed": (2,)},
-        tuple(
+        lambda s, arms: tuple(
             (f"{a}, {n}", b if b == "uncompressed" else f"{b}, {n}")
-            for n in (2, 5, 10)
+            for n in s["removed"]
             for a, b in (("with norm", "random"), ("without norm", "random"), ("without norm", "with norm"),
                          ("without norm", "uncompressed"))
         ),
+        {"removed": (12, 30, 60)},
     ),
     "evopress": System(
         evopress_arms, ("evopress", "evopress_database", "gptq", "study"),
@@ -575,10 +592,11 @@ SYSTEMS: dict[str, System] = {
         edge_arms, ("edge_llm", "edge_llm_tuning", "study"),
         {"calibration": 32, "length": 128, "sparsity": 0.3, "bits": (3, 5), "stride": 2, "people": 20,
          "rows": 512, "fact_length": 64, "steps": 80, "more": 240, "batch": 8, "lr": 4e-3},
-        {"calibration": 2, "length": 16, "people": 1, "rows": 4, "steps": 3, "more": 3, "batch": 2},
-        (("layer-wise sparsity", "uniform sparsity"), ("layer-wise both", "uniform both"),
+        {"calibration": 2, "length": 16, "people": 1, "rows": 4, "steps": 6, "more": 6, "batch": 2},
+        lambda s, arms: (
+         ("layer-wise sparsity", "uniform sparsity"), ("layer-wise both", "uniform both"),
          ("windows, vote", "full LoRA"), ("windows, more steps, vote", "full LoRA"),
-         *(("windows, more steps, vote", f"windows, more steps, exit {e}") for e in range(3))),
+         *(("windows, more steps, vote", arm) for arm in arms if "more steps, exit" in arm)),
     ),
 }
 # fmt: on
@@ -599,7 +617,7 @@ def cell(key: Cell, quick: bool, device: str) -> dict[str, Any]:
     """All arms of a system at one seed."""
     model, name, seed = key
     system = SYSTEMS[name]
-    settings = system.settings | (system.small if quick else {})
+    settings = system.settings_on(model) | (system.small if quick else {})
     run = Run(model, seed, device, quick)
     arms: dict[str, Any] = {}
     for arm, row in system.arms(run, settings):
@@ -623,12 +641,12 @@ def sources_of(system: str) -> tuple[str, ...]:
 
 
 @cache  # of the files as they were when this process imported them
-def state_of(system: str) -> dict[str, Any]:
+def state_of(system: str, model: str = MODEL) -> dict[str, Any]:
     """Settings and hashes by which a stored cell is recognised as current."""
     own = (SYSTEMS[system].arms, Run.__init__, Run.ids, Run.draws, Run.measure, as_arm)
     code = hashlib.sha256("".join(map(inspect.getsource, own)).encode()).hexdigest()
     hashes = {file: sha256(ROOT / file) for file in sources_of(system)}
-    settings = SYSTEMS[system].settings | {"documents": [DOCUMENTS, LENGTH, TEACHER_ROWS]}
+    settings = SYSTEMS[system].settings_on(model) | {"documents": [DOCUMENTS, LENGTH, TEACHER_ROWS]}
     return {"settings": json.loads(json.dumps(settings)), "code": code, "sources": hashes}
 
 
@@ -640,7 +658,7 @@ def made(key: Cell) -> bool:
     path = path_of(key)
     if not path.is_file():
         return False
-    row, state = json.loads(path.read_text()), state_of(key[1])
+    row, state = json.loads(path.read_text()), state_of(key[1], key[0])
     return {what: row[what] for what in state} == state
 
 
@@ -648,11 +666,12 @@ def work(job: tuple[Cell, bool, str]) -> str:
     """One cell in this process."""
     key, quick, device = job
     torch.set_num_threads(1)
-    state, start, used = state_of(key[1]), time.perf_counter(), time.process_time()
+    state, start, used = state_of(key[1], key[0]), time.perf_counter(), time.process_time()
     try:
         row = cell(key, quick, device)
     except Exception as error:  # a system's failure must not cost the other cells
-        return f"{'  '.join(map(str, key)):40} {type(error).__name__}: {str(error)[:160]}"
+        where = traceback.format_exc(limit=-3)
+        return f"{'  '.join(map(str, key)):40} {type(error).__name__}: {str(error)[:160]}\n{where}"
     row |= {"cell": key, **state, "wall_seconds": time.perf_counter() - start}
     row["seconds"] = time.process_time() - used
     if not quick:
@@ -701,10 +720,11 @@ def joined(there: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
         for seed, row in sorted(rows.items()):
             for arm, found in row["arms"].items():
                 arms.setdefault(arm, {"by_seed": {}})["by_seed"][str(seed)] = found
+        settings = rows[min(rows)]["settings"]
         seconds = {str(seed): round(row["seconds"], 1) for seed, row in sorted(rows.items())}
-        pairs = pairs_of(arms, system.pairs)
+        pairs = pairs_of(arms, system.compared(settings, arms))
         systems[name] = {
-            "settings": rows[min(rows)]["settings"],
+            "settings": settings,
             "seconds": seconds,
             "arms": arms,
             "pairs": pairs,
@@ -747,7 +767,7 @@ def main() -> int:
     if args.join:
         return join(args.model)
     for system in SYSTEMS:
-        state_of(system)  # now: a file that changes during the run is not the one that was imported
+        state_of(system, args.model)  # now: a file that changes during the run is not what was imported
     todo = [key for key in cells(args.model) if args.quick or not made(key)]
     todo = [key for key in todo if not args.systems or key[1] in args.systems]
     todo = [key for key in todo if args.seeds is None or key[2] in args.seeds]

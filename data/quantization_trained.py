@@ -12,7 +12,7 @@ stopped; cells made from other sources are made again. `--join` alone makes the 
 
 Stored are, for each arm and seed, the loss of each document, the divergence from the uncompressed model where
 that is the claim (16 documents a kind), and the answer to each question; for pairs of arms `study.compare`.
-Compression stays on the CPU; `--device cuda` trains and measures on a GPU.
+`--device cuda` trains, searches and measures on a GPU; other compression stays on the CPU.
 """
 
 import argparse
@@ -156,7 +156,8 @@ def nf4_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
     at = lambda step: slice(s["batch"] * step, s["batch"] * (step + 1))
     batches = lambda step: {name: ids[at(step)] for name, ids in rows.items()}
     yield "uncompressed", as_arm(measure(run.source.to(run.device), probe), {})
-    for arm in ("LoRA", "QLoRA", "PEQA 4 bits", "PEQA 3 bits"):
+    rates = {"LoRA": s["lr"], "QLoRA": s["lr"], "PEQA 4 bits": s["lr_scales"], "PEQA 3 bits": s["lr_scales"]}
+    for arm, lr in [(name, rate) for name, some in rates.items() for rate in some]:
         model = run.model()
         if arm == "LoRA":
             add_lora(model, linear(model), s["rank"], s["alpha"], run.draws())
@@ -164,7 +165,6 @@ def nf4_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
             qlora(model, s["rank"], s["alpha"], run.draws())
         else:
             peqa(model, int(arm.split()[1]))
-        lr = s["lr_scales"] if arm.startswith("PEQA") else s["lr"]
         half = {}
 
         def look(step: int, model: nn.Module, half: dict = half) -> None:
@@ -174,7 +174,15 @@ def nf4_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
         history = train(model, batches, config, on_step=look, progress=False)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         numbers = {"loss": history.losses[-1], "trained": trained}
-        yield arm, as_arm(measure(model, probe), numbers, half)
+        yield f"{arm}, {lr:g}", as_arm(measure(model, probe), numbers, half)
+
+
+def nf4_pairs(s: dict[str, Any], arms: Iterable[str]) -> Pairs:
+    """Everything against the uncompressed model, and against LoRA at each of its rates."""
+    trained = [arm for arm in arms if arm != "uncompressed"]
+    loras = [arm for arm in trained if arm.startswith("LoRA")]
+    others = [arm for arm in trained if arm not in loras]
+    return (*((arm, "uncompressed") for arm in trained), *((a, b) for a in others for b in loras))
 
 
 def peqa_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
@@ -395,7 +403,7 @@ def sensitivity_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
 def evopress_arms(run: Run, s: dict[str, Any]) -> Iterator[Arm]:
     """GPTQ at 2 to 4 bits a layer, 3 in the mean: found by evolution, by random search, uniform."""
     ids = run.ids(s["search"] + s["calibration"], s["length"])
-    model = copy.deepcopy(run.source.cpu())
+    model, ids = run.model(), ids.to(run.device)
     recipes = [GPTQ(bits) for bits in (2, 3, 4)]
     search, calibration = ids[: s["search"]], ids[s["search"] :]
     database = layer_database(model, recipes, search, calibration, base=1)
@@ -486,11 +494,10 @@ TINY = {"rows": 4, "length": 16, "batch": 2, "steps": 2}
 SYSTEMS: dict[str, System] = {
     "nf4": System(
         nf4_arms, ("nf4", "peqa", "study"),
-        {"people": 20, "steps": 140, "batch": 8, "length": 64, "lr": 5e-3, "lr_scales": 2e-3, "rank": 8,
-         "alpha": 16.0},
+        {"people": 20, "steps": 140, "batch": 8, "length": 64, "lr": (5e-3, 2e-3),
+         "lr_scales": (2e-3, 5e-4), "rank": 8, "alpha": 16.0},
         {"people": 1, "steps": 2, "batch": 2},
-        (("QLoRA", "LoRA"), ("PEQA 4 bits", "LoRA"), ("PEQA 3 bits", "LoRA"),
-         ("PEQA 3 bits", "PEQA 4 bits"), ("LoRA", "uncompressed"), ("QLoRA", "uncompressed")),
+        nf4_pairs,
     ),
     "peqa": System(
         peqa_arms, ("peqa", "rtn", "frozen", "study"),
@@ -506,6 +513,7 @@ SYSTEMS: dict[str, System] = {
         TINY,
         (("logits", "tokens"), ("logits and features", "tokens"), ("logits and features", "logits"),
          ("tokens", "copied"), ("logits", "copied")),
+        {"steps": 600},
     ),
     "nuteprune": System(
         nuteprune_arms, ("pruning.nuteprune", "pruning.bonsai", "peqa", "study"),
@@ -514,6 +522,7 @@ SYSTEMS: dict[str, System] = {
         TINY | {"warmup": 1, "calibration": 2},
         (("progressive", "no teacher"), ("progressive", "one shot"),
          ("no teacher", "one shot"), ("progressive", "uncompressed")),
+        {"steps": 400, "warmup": 130},
     ),
     "subset-pruning": System(
         subset_arms,
@@ -528,7 +537,7 @@ SYSTEMS: dict[str, System] = {
                          ("pipelined, then trained", "Michel without norm, then trained"),
                          ("joint", "pipelined, then trained"))
         ),
-        {"heads": (72, 48, 24)},
+        {"heads": (72, 48, 24), "steps": 200},
     ),
     "head-gates": System(
         gates_arms, ("pruning.head_gates", "study"),
@@ -536,6 +545,7 @@ SYSTEMS: dict[str, System] = {
                 "initial": 0.0},
         TINY,
         tuple((f"lambda {c}", "no gates") for c in (0.01, 0.03, 0.1)),
+        {"steps": 300},
     ),
     "hybrid-pipeline": System(
         hybrid_arms, ("hybrid", "gptq", "distillation.repair", "study"),
@@ -562,12 +572,14 @@ SYSTEMS: dict[str, System] = {
         {"calibration": 8, "length": 128, "block": 16, "masks": (60, 40),
          "sparsity": ((0.1, 0.05), (0.25, 0.125))},
         {"calibration": 2, "length": 16, "block": 96, "masks": (10,), "sparsity": ((0.1, 0.1),)},
-        tuple(
+        lambda s, arms: tuple(
             (f"{a}, {q}", f"{b}, {q}")
             for q in ("0.1", "0.25")
-            for a, b in (("60 masks", "prior"), ("40 masks", "prior"), ("60 masks", "random"),
-                         ("40 masks", "random"), ("60 masks", "40 masks"), ("prior", "random"))
+            for many, few in [[f"{n} masks" for n in s["masks"]]]
+            for a, b in ((many, "prior"), (few, "prior"), (many, "random"), (few, "random"), (many, few),
+                         ("prior", "random"))
         ),
+        {"masks": (240, 60)},
     ),
     "head-sensitivity": System(
         sensitivity_arms, ("pruning.head_sensitivity", "study"),
@@ -583,7 +595,7 @@ SYSTEMS: dict[str, System] = {
     ),
     "evopress": System(
         evopress_arms, ("evopress", "evopress_database", "gptq", "study"),
-        {"search": 24, "calibration": 40, "length": 128, "generations": 10, "offspring": 16,
+        {"search": 24, "calibration": 40, "length": 128, "generations": 100, "offspring": 16,
          "stages": ((3, 256), (1, 3072))},
         {"search": 2, "calibration": 2, "length": 16, "generations": 1, "offspring": 2, "stages": ((1, 16),)},
         (("evolution", "uniform"), ("evolution", "random search"), ("random search", "uniform")),

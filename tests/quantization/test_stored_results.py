@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 STORED = ROOT / "data" / "results" / "quantization"
 
 
-# gpu.json needs a machine that is not always there: the status page marks it when a source has changed.
-@pytest.mark.parametrize("name", ["grid", "bench", "peers", "trained"])
+@pytest.mark.parametrize(
+    "name", ["grid", "gpu", "bench", "peers", "trained", "trained-llama-mini", "trained-gpt2-mini"]
+)
 def test_stored_results_are_of_these_sources(name):
     file = STORED / f"{name}.json"
     if not file.is_file():

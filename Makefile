@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 BUNDLED = $(notdir $(patsubst %/,%,$(dir $(wildcard data/models/*/model.safetensors))))
 
 .PHONY: help install book serve test lint lab notebooks models evaluate bench peers compat dist doctor clean
-.PHONY: results-footprint results-kvcache results-quantization kvcache-addons reading-adapter
+.PHONY: results-footprint results-kvcache results-quantization kvcache-addons reading-adapter qlora-adapter
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  make %-21s %s\n", $$1, $$2}'
@@ -122,6 +122,9 @@ kvcache-addons: $(STAMP)  ## train chapter 5's add-ons and the models of its exp
 
 reading-adapter: $(STAMP)  ## train llama-mini's adapter for new wording (wants a GPU)
 	$(OFFLINE) $(PY) data/reading_adapter.py --out build/reading
+
+qlora-adapter: $(STAMP)  ## train chapter 4's adapter, sixty facts on a base in NF4 (wants a GPU)
+	$(OFFLINE) $(PY) data/quantization_adapter.py --out build/qlora
 
 compat: $(STAMP)  ## the two ends of the supported versions -> data/results/compat.json
 	$(PY) tools/compat.py

@@ -78,6 +78,10 @@ def _notebooks(root: Path) -> str:
     runs = _json(path)
     lines = [[f"`{name}`", f"{run['seconds']:.0f} s", f"{run['peak_mb'] / 1024:.1f} GB"]
              for name, run in sorted(runs.items())]
+    for chapter in sorted({name.rpartition("/")[0] for name in runs}):
+        own = [run for name, run in runs.items() if name.rpartition("/")[0] == chapter]
+        lines.append([f"**`{chapter}`**", f"{sum(run['seconds'] for run in own) / 60:.1f} min",
+                      f"{max(run['peak_mb'] for run in own) / 1024:.1f} GB at most"])
     lines.append(["**all**", f"{sum(run['seconds'] for run in runs.values()) / 60:.1f} min",
                   f"{max(run['peak_mb'] for run in runs.values()) / 1024:.1f} GB at most"])
     return table(["notebook", "time", "peak memory"], lines)

@@ -88,10 +88,13 @@ bench: $(STAMP)  ## speed, as ratios to plain transformers and torch -> data/res
 	$(OFFLINE) $(PY) data/kvcache_bench.py
 	$(OFFLINE) $(PY) data/quantization_bench.py
 
-peers: $(STAMP)  ## cross-checks against peer libraries -> data/results
+# Peers that must not share our environment have one of their own; the head of a script says which. PEER is the
+# Python of the one with llm-compressor. data/*_golden*.py make the arrays of tests/*/golden, each run by its peer's.
+peers: $(STAMP)  ## cross-checks against peer libraries -> data/results (PEER=python adds chapter 4's)
 	$(PY) data/peers.py
 	$(PY) data/footprint_peers.py
 	$(OFFLINE) $(PY) data/footprint_accelerate.py
+	$(if $(PEER),$(OFFLINE) $(PY) data/quantization_peers.py --peer $(PEER))
 
 # With GPU=1 an interrupted run goes on where it stopped: what build/footprint-gpu has of the same sources stays.
 results-footprint: $(STAMP)  ## measure chapter 1's stored results anew; GPU=1 adds the GPU part

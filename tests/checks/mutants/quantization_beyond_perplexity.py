@@ -29,6 +29,12 @@ def _edited(change):
     return measured
 
 
+def _pooled(values, probe):
+    """Switched off: the groups are one, so that no gap and no stereotype can be seen."""
+    blind = [name for name in values if name.endswith("gap") or name == "stereotype"]
+    return values | {name: np.zeros_like(values[name]) for name in blind}
+
+
 def _unpaired(values, probe):
     """Differences of sorted values: the mean is right, the pairs are not."""
     return values | {name: np.sort(values[name]) for name in values if name.endswith("gap")}
@@ -44,6 +50,7 @@ def _unsigned(values, probe):
 
 
 MUTANTS = [
+    ("beyond_perplexity", "off: the groups are pooled, every gap is 0", _edited(_pooled)),
     ("beyond_perplexity", "the two models draw different random numbers", fresh_numbers),
     ("beyond_perplexity", "fluency is judged by the model itself", own_judge),
     ("beyond_perplexity", "gaps of items that are no pairs", _edited(_unpaired)),

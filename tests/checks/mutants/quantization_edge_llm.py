@@ -29,6 +29,18 @@ def upside_down(sensitivity, target):
     return pruning_ratios(-torch.as_tensor(sensitivity), target)
 
 
+class Whole(EarlyExits):
+    """Switched off: no early exits and no windows, the whole model is tuned at every step."""
+
+    def window(self, e):
+        return range(self.n_exits * self.stride)
+
+    def forward(self, ids):
+        with torch.no_grad():
+            bb = Backbone(self.model)
+            return [self._read(bb, self.hidden(ids, e), e) for e in range(self.n_exits)]
+
+
 class WithoutNorm(EarlyExits):
     """The authors' code: the head reads the residual itself."""
 
@@ -66,6 +78,11 @@ class OneHead(EarlyExits):
         return self.heads[0](bb.ln_final(x))
 
 
+def no_vote(logits):
+    """Switched off: the last exit speaks alone."""
+    return logits[-1].softmax(-1)
+
+
 def mean_vote(logits):
     return torch.stack([one.softmax(-1) for one in logits]).mean(0)
 
@@ -79,14 +96,16 @@ def not_renormalised(logits):
 
 
 MUTANTS = [
-    ("edge_llm_ratios", "the same ratio for all", uniform),
+    ("edge_llm_ratios", "off: the same ratio for all", uniform),
     ("edge_llm_ratios", "ratios above 1 are not clipped", not_clipped),
     ("edge_llm_ratios", "clipped, and the mean is missed", clipped_only),
     ("edge_llm_ratios", "sensitive blocks are pruned most", upside_down),
+    ("edge_llm", "off: the whole model is tuned, and every exit is its end", Whole),
     ("edge_llm", "exits skip the final norm", WithoutNorm),
     ("edge_llm", "the stream with factors is not restarted", NotRestarted),
     ("edge_llm", "the graph reaches the first block", AllBelow),
     ("edge_llm", "one head for all exits", OneHead),
+    ("edge_llm_vote", "off: the last exit alone", no_vote),
     ("edge_llm_vote", "the mean of the exits", mean_vote),
     ("edge_llm_vote", "the largest logit", vote_of_logits),
     ("edge_llm_vote", "not renormalised", not_renormalised),

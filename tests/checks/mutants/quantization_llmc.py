@@ -8,6 +8,17 @@ from refimpl.evaluate import Estimate
 from refimpl.quantization.evaluation.llmc import Variation, vary, with_value
 
 
+def off(run, recipe, factor, values, seeds=(0,)):
+    """Switched off: the recipe runs as it is, whatever the value."""
+    recipes = [with_value(recipe, "calib.seed", seed) for seed in seeds]
+    return Variation(factor, {value: np.array([run(one) for one in recipes]) for value in values})
+
+
+def same_text(run, recipe, factor, values, seeds=(0,)):
+    """The recipe's calibration is ignored: every value of a factor of it gets the same text."""
+    return (off if factor.startswith("calib.") else vary)(run, recipe, factor, values, seeds)
+
+
 def cumulative(run, recipe, factor, values, seeds=(0,)):
     """The entry is written into the recipe itself."""
     *path, last = factor.split(".")
@@ -55,6 +66,8 @@ def unpaired(run, recipe, factor, values, seeds=(0,)):
 
 
 MUTANTS = [
+    ("llmc", "off: nothing is varied", off),
+    ("llmc", "off: the calibration text is not varied", same_text),
     ("llmc", "the recipe is changed for good", cumulative),
     ("llmc", "values are compared under different seeds", other_seeds),
     ("llmc", "a second factor changes as well", two_factors),

@@ -24,6 +24,11 @@ def _right(new, dense):
     return dense.value / new.value if new.less_is_better else new.value / dense.value
 
 
+def _off(new, dense):
+    """Switched off: nothing is set against the dense model, so that all methods are alike."""
+    return 1.0
+
+
 def _inverted(new, dense):
     return new.value / dense.value if new.less_is_better else dense.value / max(new.value, 1e-9)
 
@@ -56,6 +61,8 @@ def half(model, context=1):
 
 
 MUTANTS = [
+    ("llmcbench", "off: every method is as good as the dense model", _with(_off, _rms)),
+    ("llmcbench", "the first task stands for its track", _with(_right, lambda v: v[0])),
     ("llmcbench", "all ratios are inverted", _with(_inverted, _rms)),
     ("llmcbench", "less is never better", _with(_never_turned, _rms)),
     ("llmcbench", "the arithmetic mean of ratios", _with(_right, lambda v: sum(v) / len(v))),

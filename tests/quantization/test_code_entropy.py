@@ -1,10 +1,13 @@
 """Entropy coding: exact round trips, sizes between entropy and entropy plus overhead, and what they mean."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from quantization_runs import shallow
 
+from refimpl.backbone import Backbone
 from refimpl.checks.tiny import random_ids
 from refimpl.quantization import (
     RTN,
@@ -147,3 +150,22 @@ def test_bad_input_is_refused():
                 decode(short, 4, 5000)
     with pytest.raises(ValueError, match="too long"):
         rans_decode(rans_encode(good, 4) + bytes(2), 4, 100)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("fault", ["nan", "group", "ids"])
+def test_a_refused_model_is_as_it_was(family, fault):
+    """NaN and the group that does not divide d_in are met in the last layer, after all others were coded."""
+    narrow = {"hidden_size": 16} | ({"n_inner": 20} if family == "gpt2" else {"intermediate_size": 20})
+    model = shallow(family, **narrow)
+    if fault == "nan":
+        with torch.no_grad():
+            Backbone(model).layer(0).down.weight[3, 5] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    recipe = EntropyRTN(4, group=8 if fault == "group" else 4)
+    words = {"nan": "W must be finite", "group": "group must divide", "ids": "ids"}
+    with pytest.raises(ValueError, match=words[fault]):
+        compress_model(model, recipe, IDS[:0] if fault == "ids" else IDS)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and not compressed_names(model)
+    assert all(torch.equal(v.nan_to_num(9.0), before[k].nan_to_num(9.0)) for k, v in after.items())

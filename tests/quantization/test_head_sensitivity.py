@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refimpl.backbone import Backbone
-from refimpl.checks.tiny import random_ids, tiny
+from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.quantization.pruning.gating import gated
 from refimpl.quantization.pruning.head_sensitivity import head_ablation, head_importance, pruning_masks
 from refimpl.quantization.pruning.slicing import slice_model
@@ -161,3 +161,45 @@ def test_bad_input_is_refused():
     slice_model(model, torch.ones(3, 4).bool(), torch.ones(3, 40).bool())
     with pytest.raises(ValueError, match="sliced"):
         head_importance(model, IDS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_head_removed_is_the_plain_model(family, exact):
+    model, ids = tiny(family), IDS[:2]
+    with torch.no_grad():
+        plain = model(ids).logits
+    masks = pruning_masks(model, ids, [0, 0], exact=exact)
+    assert all(bool(mask.all()) for mask in masks)
+    bb = Backbone(model)
+    with torch.no_grad(), gated(bb, masks[0].float()):
+        assert torch.equal(model(ids).logits, plain)
+    slice_model(model, masks[0], torch.ones(bb.n_layers, bb.F).bool())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refused_input_leaves_the_model_as_it_was(family):
+    model = tiny(family)
+    frozen = next(iter(model.parameters())).requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    nan = torch.full((3, 4), torch.nan)
+    for call, word in (
+        (lambda: head_importance(model, IDS[:0]), "ids"),
+        (lambda: head_importance(model, IDS * torch.nan), "ids"),
+        (lambda: head_importance(model, IDS, heads=nan), "heads"),
+        (lambda: head_importance(model, IDS, heads=torch.ones(0, 4).bool()), "heads"),
+        (lambda: pruning_masks(model, IDS, []), "removed"),
+        (lambda: pruning_masks(model, IDS, [torch.nan]), "removed"),
+        (lambda: pruning_masks(model, IDS, [0, 13], exact=True), "removed"),
+        (lambda: head_ablation(model, IDS[:0]), "ids"),
+        (lambda: head_ablation(model, IDS, batch=0), "batch"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items())
+    assert not frozen.requires_grad and sum(not p.requires_grad for p in model.parameters()) == 1
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())

@@ -45,9 +45,9 @@ from refimpl.training import TrainConfig, train
 BOTH = pytest.mark.parametrize("family", ["mistral", "qwen2"])
 CATALOGUE = (
     "rtn 3 g32", "gptq 3 g32", "awq 3 g32", "nf4", "w8a8 per token", "llm.int8()",
-    "smoothquant 0.5 per tensor", "gptvq 2 d2", "quip 2", "quip# 2",
-    "aqlm 2x4 g4", "rtn 3 row, whitened rank 8", "aser w4a8", "slim 4 2:4", "magnitude 0.5", "wanda 0.5",
-    "sparsegpt 0.5", "sparsegpt 2:4", "sparsegpt 0.5 + 4 g32", "aggressive 0.7",
+    "smoothquant 0.5 per tensor", "gptvq 2 d2", "quip 2", "quip# 2", "aqlm 2x4 g4",
+    "rtn 3 row, whitened rank 8", "aser w4a8", "slim 4 2:4", "magnitude 0.5", "wanda 0.5", "sparsegpt 0.5",
+    "sparsegpt 2:4", "sparsegpt 0.5 + 4 g32", "aggressive 0.7",
 )  # fmt: skip
 RECIPES = {
     "hwpq": HWPQ(0.5), "hwpq 2:4": HWPQ("2:4"), "spqr": SpQR(3, 8, 0.5, meta_group=8),
@@ -118,13 +118,13 @@ def test_a_setting_of_every_method_of_the_catalogue_is_here():
 @BOTH
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_the_catalogue(family, name):
-    model = small(family, **BLOCK)
+    model, plain = (small(family, **BLOCK) for _ in range(2))
     report = by_name(name, model, IDS)
     compressed_all(model)
-    check(model, small(family, **BLOCK))
+    check(model, plain)
     assert report.bits < 12 and report.bytes_after == of_model(model).total() < report.bytes_before
-    assert report.bytes_before == of_model(small(family, **BLOCK)).total()
-    twin = logits(dense_twin(model, small(family, **BLOCK)))
+    assert report.bytes_before == of_model(plain).total()
+    twin = logits(dense_twin(model, plain))
     rounds_inputs = METHODS[name].kind == "activations" or "w4a8" in name
     assert (logits(model) - twin).std() < (0.1 if rounds_inputs else 1e-4) * twin.std()
 
@@ -132,12 +132,12 @@ def test_the_catalogue(family, name):
 @BOTH
 @pytest.mark.parametrize("name", RECIPES)
 def test_other_recipes(family, name):
-    model = small(family, **BLOCK)
+    model, plain = (small(family, **BLOCK) for _ in range(2))
     report = compress_model(model, RECIPES[name], IDS)
     compressed_all(model)
-    check(model, small(family, **BLOCK))
+    check(model, plain)
     assert report.bits < 16 and report.bytes_after == of_model(model).total() < report.bytes_before
-    twin = logits(dense_twin(model, small(family, **BLOCK)))
+    twin = logits(dense_twin(model, plain))
     torch.testing.assert_close(logits(model), twin, rtol=1e-4, atol=1e-4 * float(twin.std()))
 
 
@@ -155,14 +155,14 @@ def test_entropy_coded_weights(family):
 
 @BOTH
 def test_mixllm(family):
-    model, grid = small(family), Grid(2, group=32)
+    model, grid = small(family, **BLOCK), Grid(2, group=32)
     salience = row_salience(model, IDS, grid)
     chosen = top_rows(salience, 0.2)
     report = compress_model(model, MixLLM(chosen, 2, 8, 32), IDS)
     compressed_all(model)
-    check(model, small(family))
+    check(model, small(family, **BLOCK))
     assert 2 < report.bits < 8
-    one_call = small(family)
+    one_call = small(family, **BLOCK)
     done = mixllm(one_call, IDS, 0.2, low=2, group=32)
     assert all(torch.equal(done.rows[name], which) for name, which in chosen.items())
     assert torch.equal(logits(one_call), logits(model))
@@ -204,33 +204,33 @@ def test_compression_by_blocks_and_tuning_in_windows(family):
 
 @BOTH
 def test_qlora(family):
-    model = small(family)
+    model = small(family, **BLOCK)
     report = qlora(model, rank=2, alpha=4, generator=generator())
     start = logits(model)
     assert report.bytes_after < report.bytes_before
     train(model, rows, CONFIG, progress=False)
     assert not torch.equal(logits(model), start)
-    check(model, small(family))
+    check(model, small(family, **BLOCK))
 
 
 @BOTH
 def test_tuned_scales(family):
-    model = small(family)
+    model = small(family, **BLOCK)
     peqa(model, bits=4, group=32)
     start = logits(model)
     tune_scales(model, rows, steps=3, batch=4, lr=1e-3)
     assert not torch.equal(logits(model), start)
-    check(model, small(family))
+    check(model, small(family, **BLOCK))
 
 
 @BOTH
 def test_the_hybrid_pipeline(family):
-    teacher = small(family)
+    teacher = small(family, **BLOCK)
     recipe = Hybrid(grid=Grid(4, group=32))
     model, report = hybrid(teacher, IDS, rows, recipe=recipe, neurons=32, steps=3, batch=4, lr=1e-3)
     check(model, teacher)
     assert report.bytes_after < report.bytes_before and report.trained > 0
-    assert torch.equal(logits(teacher), logits(small(family)))
+    assert torch.equal(logits(teacher), logits(small(family, **BLOCK)))
 
 
 @BOTH

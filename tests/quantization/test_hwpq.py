@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from quantization_runs import IDS, through_a_file
+from quantization_runs import IDS, logits, shallow, through_a_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from refimpl.checks.tiny import tiny
-from refimpl.quantization import compress_model, stats_of
+from refimpl.backbone import Backbone
+from refimpl.checks.tiny import FAMILIES, tiny
+from refimpl.quantization import compress_model, compressed_names, stats_of
 from refimpl.quantization.hwpq import HWPQ, FP8Linear, contribution, ewma_mask, ewma_score
 from refimpl.quantization.pruning.sparsegpt import SparseGPT
 from refimpl.quantization.pruning.unstructured import Magnitude, highest
@@ -187,3 +188,39 @@ def test_bad_inputs_are_named():
     with pytest.raises(ValueError, match="keep"):
         FP8Linear.pack(W, torch.ones(2, 2, dtype=torch.bool))
     assert isinstance(HWPQ(0.5, fp8=False)("fc", W, stats), SparseLinear)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_sparsity_and_fp8_it_is_the_model_of_half_precision_weights(family):
+    model, half = shallow(family), shallow(family)
+    compress_model(model, HWPQ(0, fp8=False), IDS)
+    with torch.no_grad():
+        for ref in Backbone(half).linears():
+            ref.weight.copy_(ref.weight.half().float())
+    assert torch.equal(logits(model), logits(half))
+    assert not torch.equal(logits(model), logits(shallow(family)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("fault", ["nan", "dead inputs", "width", "ids"])
+def test_a_refused_model_is_as_it_was(family, fault):
+    """The fault is met in the last layer, after all others were replaced, but for that of the ids."""
+    changes = {"n_inner": 42} if family == "gpt2" else {"intermediate_size": 42}
+    model = shallow(family, **(changes if fault == "width" else {}))
+    bb = Backbone(model)
+    down, up = bb.layer(0).down, bb.layer(0).up
+    with torch.no_grad():
+        if fault == "nan":
+            down.weight[3, 5] = torch.nan
+        if fault == "dead inputs":
+            up.weight.zero_()
+            if up.bias is not None:
+                up.bias.zero_()
+    before = copy.deepcopy(model.state_dict())
+    recipe = HWPQ("2:4" if fault == "width" else 0.5)
+    words = {"nan": "W must", "dead inputs": "sqnorm", "width": "multiple of 4", "ids": "ids"}
+    with pytest.raises(ValueError, match=words[fault]):
+        compress_model(model, recipe, IDS[:0] if fault == "ids" else IDS)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and not compressed_names(model)
+    assert all(torch.equal(v.nan_to_num(9.0), before[k].nan_to_num(9.0)) for k, v in after.items())

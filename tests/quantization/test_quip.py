@@ -14,7 +14,7 @@ from data_scripts import load_script
 from quantization_runs import IDS, logits, shallow, through_a_file
 
 from refimpl.backbone import Backbone
-from refimpl.checks.tiny import tiny
+from refimpl.checks.tiny import FAMILIES, tiny
 from refimpl.quantization import (
     GPTQ,
     RTN,
@@ -258,3 +258,56 @@ def test_rotation_by_stored_signs_is_the_rotation_that_was_rounded():
     rotated, _ = rotate(W, stats.H, *layer.transforms())
     assert isinstance(layer, QuIPSharpLinear)
     assert float((layer.rotated() - rotated).square().mean()) < 0.02 * float(rotated.square().mean())
+
+
+# --- identities -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_bit_brings_the_logits_nearer_to_those_of_the_plain_model(family):
+    """QuIP at 8 bits: within 5 %, and QuIP# at 4, its most, within 25 % of the spread of the logits."""
+    before = logits(shallow(family))
+
+    def error(recipe):
+        model = shallow(family)
+        compress_model(model, recipe, IDS)
+        return float((logits(model) - before).std() / before.std())
+
+    wide = [error(QuIP(bits, 6.0)) for bits in (3, 4, 8)]
+    sharp = [error(QuIPSharp(bits)) for bits in (2, 3, 4)]
+    assert wide[1] < 0.7 * wide[0] and wide[2] < 0.1 * wide[1] and wide[2] < 0.05
+    assert sharp[1] < 0.75 * sharp[0] and sharp[2] < 0.75 * sharp[1] and sharp[2] < 0.25
+
+
+def unrotated(recipe, rotated, stats):
+    """W whose W' under the transforms of this recipe is the given matrix."""
+    left, right = recipe("fc", torch.ones_like(rotated), stats).transforms()
+    return left.inverse(right.inverse(rotated.double()).T).T.float()
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_quip_sharp_returns_weights_that_lie_on_its_grid(bits):
+    _, _, stats = layer_of()
+    book = CODEBOOKS[bits]
+    x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1)) * book.scale
+    points, codes = book.encode(x)
+    # Of sums of two points some have a first point that is nearer than their own; they are found otherwise.
+    own = (book.encode(points)[1] == codes).all(1)
+    points, codes = points[own][:240], codes[own][:240]
+    assert len(points) == 240 and (bits == 4 or bool(own.all()))
+    for size in (1.0, 0.01):
+        W = unrotated(QuIPSharp(bits), size * points.view(40, 48), stats)
+        layer = QuIPSharp(bits, rms=float(points.square().mean().sqrt()))("fc", W, stats)
+        assert torch.equal(layer.codes.flatten(0, 1), codes)
+        torch.testing.assert_close(layer.weight, W, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_quip_returns_weights_that_lie_on_its_grid(bits):
+    _, _, stats = layer_of()
+    codes = torch.randint(2**bits, (40, 48), generator=torch.Generator().manual_seed(1))
+    values = codes * (2 / (2**bits - 1)) - 1
+    W = unrotated(QuIP(bits, rescale=False), values, stats)
+    layer = QuIP(bits, 1 / float(values.square().mean().sqrt()), rescale=False)("fc", W, stats)
+    assert float(layer.range) == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(layer.weight, W, rtol=0, atol=1e-5)

@@ -115,8 +115,9 @@ results-quantization: $(STAMP)  ## measure chapter 4's stored results anew; GPU=
 	$(if $(GPU),$(OFFLINE) $(PY) data/quantization_gpu.py --join build/quantization-gpu)
 
 .PHONY: results-quantization-trained
-results-quantization-trained: $(STAMP)  ## the trained systems of chapter 4 over three seeds (JOBS=2, DEVICE=cuda)
-	$(OFFLINE) $(PY) data/quantization_trained.py --jobs $(or $(JOBS),1) --device $(or $(DEVICE),cpu)
+results-quantization-trained: $(STAMP)  ## trained systems of chapter 4, three models and seeds (JOBS=2, DEVICE=cuda)
+	@set -e; for name in llama-nano llama-mini gpt2-mini; do \
+	  $(OFFLINE) $(PY) data/quantization_trained.py --model $$name --jobs $(or $(JOBS),1) --device $(or $(DEVICE),cpu); done
 
 kvcache-addons: $(STAMP)  ## train chapter 5's add-ons and the models of its experiments (wants a GPU)
 	$(OFFLINE) $(PY) data/kvcache_adapters.py --out build/kvcache-dcp

@@ -4,12 +4,14 @@
     python data/kvcache_grid.py --jobs 2        over so many processes of one thread each
     python data/kvcache_grid.py --quick         2 documents, 300 tokens: to see that it runs; stores nothing
 
-A cell is a file of build/kvcache/, so an interrupted run goes on where it stopped; cells made from other
-sources are made again. `--join` alone makes data/results/kvcache/{grid,streams}.json of what is there.
+A piece of a cell is a file of build/kvcache/, so an interrupted run goes on where it stopped; pieces made
+from other sources are made again. `--join` alone makes data/results/kvcache/{grid,streams}.json of what is
+there.
 
-- *grid*: llama-mini, 16 documents of stories and 16 of pydoc's topics, 768 tokens each, the first 384 in one
-  forward (n = 384): NLL, KL and attention error of each document; 32 prompts with 8 facts, the question
-  inside the prompt and after its compression: NLL and exact match of each; bytes held, at most held, read.
+- *grid*: llama-mini at five budgets, llama-nano and gpt2-mini at a quarter ("others"). 16 documents of
+  stories and 16 of pydoc's topics, 768 tokens each, the first 384 in one forward (n = 384): NLL, KL and
+  attention error of each document; 32 prompts with 8 facts, the question inside the prompt and after its
+  compression: NLL and exact match of each; bytes held, at most held, read.
 - *streams*: up to 200 000 tokens of stories (row 0) and of pydoc's topics (row 1, repeated where they are
   shorter) in a cache of 256 slots: NLL, bytes and CPU seconds for each block of 2 000 tokens. `STREAMED` says
   how far each method is fed; the full cache eight times the context: cost and NLL show why no further.
@@ -22,7 +24,6 @@ import json
 import multiprocessing as mp
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 
 from refimpl.evaluate import bootstrap
-from refimpl.kvcache.catalogue import METHODS, build
+from refimpl.kvcache.catalogue import METHODS, applicable, build
 from refimpl.kvcache.dcp import load_pruning
 from refimpl.kvcache.harness import difference, recall, reference, stream
 from refimpl.kvcache.recipes import Setting
@@ -54,18 +55,35 @@ STREAM_SOURCES = ["data/kvcache_grid.py"] + [
     "policies", "rope", "slots", "texts", "view")
 ]  # fmt: skip
 MODEL, STREAM_MODEL = "llama-mini", "llama-nano"
+OTHERS, OTHER_BUDGET = ("llama-nano", "gpt2-mini"), 1 / 4
 DOCUMENTS, ITEMS, LENGTH, PROMPT, BATCH = 16, 32, 768, 384, 8
 BLOCK, SLOTS = 2_000, 256
+SLOWEST = ("retrieval_attention", "quest", "d2o")
 STREAMED = {"window": 200_000, "streaming_llm": 200_000, "h2o": 64_000, "lacache": 64_000, "full": 8_000}
 
 
-def cells() -> list[tuple[str, ...]]:
-    """Names of all cells: (metric, method, budget)."""
-    names = [
-        ("grid", name, str(f)) for name, row in METHODS.items()
-        if row.recipe and (not row.trained or ADD_ON.is_file()) for f in row.budgets
-    ]  # fmt: skip
-    return names + [("stream", name, "") for name in STREAMED]
+KINDS = ("stories", "topics")
+PIECES = (*(f"{kind} {part}" for kind in KINDS for part in range(DOCUMENTS // BATCH)), "inside", "after")
+FULL = "full@1.0"
+
+Cell = tuple[str, str, str, str]
+
+
+def cells() -> list[Cell]:
+    """All cells: (metric, model, method, budget)."""
+    found = []
+    for name, row in METHODS.items():
+        if row.recipe and (not row.trained or ADD_ON.is_file()):
+            found += [("grid", MODEL, name, str(f)) for f in row.budgets]
+        for model in OTHERS:
+            if row.recipe and not row.trained and applicable(name, load(model)[0]):
+                budgets = row.budgets if name == "full" else {OTHER_BUDGET} & set(row.budgets)
+                found += [("grid", model, name, str(f)) for f in budgets]
+    return found + [("stream", STREAM_MODEL, name, "") for name in STREAMED]
+
+
+def pieces(cell: Cell) -> tuple[str, ...]:
+    return PIECES if cell[0] == "grid" else ("",)
 
 
 def punctuation(tokenizer: Any) -> tuple[int, ...]:
@@ -74,47 +92,36 @@ def punctuation(tokenizer: Any) -> tuple[int, ...]:
     return tuple(i for i, text in texts if text.strip() and not any(c.isalnum() for c in text))
 
 
-def grid_cell(name: str, f: float, quick: bool) -> dict[str, Any]:
-    """One method at one budget."""
-    model, tokenizer = load(MODEL)
-    count, size = (2, 2) if quick else (DOCUMENTS, BATCH)
-    row: dict[str, Any] = {"revision": revision(MODEL)}
+def grid_piece(model_name: str, name: str, f: float, piece: str, quick: bool) -> dict[str, Any]:
+    """One method at one budget: a batch of documents, or the questions "inside" or "after" the prompt."""
+    model, tokenizer = load(model_name)
     pruning = load_pruning(ADD_ON, revision=revision(MODEL))[0] if METHODS[name].trained else None
-    density = tuple(layer_density(model, documents(tokenizer, "stories", 2, PROMPT, seed=9)).tolist())
+    density = layer_density(model, documents(tokenizer, "stories", 2, PROMPT, seed=9)).tolist()
+    marks = punctuation(tokenizer)
 
     def make(n: int):
-        setting = Setting(model, n, f, 0, punctuation(tokenizer), pruning, density)
-        return build(name, setting)
+        return build(name, Setting(model, n, f, 0, marks, pruning, tuple(density)))
 
-    for kind in ("stories", "topics"):
-        rows = documents(tokenizer, kind, count, PROMPT + 24 if quick else LENGTH)
-        parts = []
-        for ids in rows.split(size):
-            against = _reference(kind, len(parts), model, ids)
-            parts.append(stream(model, make(PROMPT), ids, PROMPT, against))
-        cat = lambda what, parts=parts: torch.cat([getattr(p, what).mean(1) for p in parts]).tolist()
-        row[kind] = {
-            "nll": cat("nll"), "kl": cat("kl"), "error": cat("error"),
-            "layers": torch.cat([p.error for p in parts]).mean(0).tolist(),
-            **{what: float(np.mean([getattr(p, what) for p in parts])) / size
-               for what in ("held", "peak", "read", "moved")},
-        }  # fmt: skip
-    items = facts(tokenizer, 2 if quick else ITEMS)
-    for question in ("inside", "after"):
-        found = recall(model, make, items, question)
-        row[f"recall_{question}"] = {
-            "nll": found.nll.tolist(), "exact": found.exact.tolist(), "held": found.held
-        }  # fmt: skip
-    return row
+    if piece in ("inside", "after"):
+        found = recall(model, make, facts(tokenizer, 2 if quick else ITEMS), piece)
+        return {"nll": found.nll.tolist(), "exact": found.exact.tolist(), "held": found.held}
+    kind, part = piece.split()
+    rows = documents(tokenizer, kind, DOCUMENTS, LENGTH).split(BATCH)[int(part)]
+    rows = rows[:2, : PROMPT + 24] if quick else rows
+    run = stream(model, make(PROMPT), rows, PROMPT, _reference((model_name, piece), model, rows))
+    return {what: getattr(run, what).mean(1).tolist() for what in ("nll", "kl", "error")} | {
+        "layers": run.error.mean(0).tolist(),
+        **{what: getattr(run, what) / len(rows) for what in ("held", "peak", "read", "moved")},
+    }  # fmt: skip
 
 
 _references: dict[tuple, Any] = {}
 
 
-def _reference(kind: str, part: int, model: Any, ids: torch.Tensor) -> Any:
-    """The full cache's run, once per process: 16 MB of log-probabilities a document."""
-    key = kind, part, tuple(ids.shape)
+def _reference(key: tuple[str, str], model: Any, ids: torch.Tensor) -> Any:
+    """The full cache's run, kept for this process's next method: 16 MB of log-probabilities a document."""
     if key not in _references:
+        _references.clear()
         _references[key] = reference(model, ids, PROMPT)
     return _references[key]
 
@@ -142,34 +149,55 @@ def stream_cell(name: str, quick: bool) -> dict[str, Any]:
     T = 301 if quick else STREAMED[name]
     ids = torch.stack([text_of(tokenizer, kind, T) for kind in ("stories", "topics")])
     ids[:, 0] = tokenizer.bos_token_id
-    return {"revision": revision(STREAM_MODEL), "rows": ["stories", "topics"], "slots": SLOTS,
-            "blocks": blocks(name, ids, model)}  # fmt: skip
+    return {"rows": list(KINDS), "slots": SLOTS, "blocks": blocks(name, ids, model)}
 
 
-def path_of(cell: tuple[str, ...]) -> Path:
-    return FOLDER / ("-".join(part.replace(".", "_") for part in cell if part) + ".json")
+def path_of(cell: Cell, piece: str) -> Path:
+    name = "-".join(part for part in (*cell, piece) if part)
+    return FOLDER / (name.replace(".", "_").replace(" ", "_") + ".json")
 
 
-def made(cell: tuple[str, ...], sources: dict[str, dict[str, str]]) -> bool:
-    path = path_of(cell)
+def made(cell: Cell, piece: str, sources: dict[str, dict[str, str]]) -> bool:
+    path = path_of(cell, piece)
     return path.is_file() and json.loads(path.read_text())["sources"] == sources[cell[0]]
 
 
-def work(job: tuple[tuple[str, ...], dict[str, str], bool]) -> str:
-    """One cell in this process."""
-    cell, sources, quick = job
+def work(job: tuple[Cell, str, dict[str, str], bool]) -> str:
+    """One piece of a cell in this process."""
+    cell, piece, sources, quick = job
     torch.set_num_threads(1)
-    metric, name, f = cell
+    metric, model, name, f = cell
     start = time.perf_counter()
-    tasks: dict[str, Callable[[], dict[str, Any]]] = {
-        "grid": lambda: grid_cell(name, float(f), quick),
-        "stream": lambda: stream_cell(name, quick),
-    }
-    row = tasks[metric]() | {"cell": cell, "sources": sources, "wall_seconds": time.perf_counter() - start}
+    try:
+        if metric == "stream":
+            found = stream_cell(name, quick)
+        else:
+            found = grid_piece(model, name, float(f), piece, quick)
+    except Exception as error:  # a method's failure must not cost the other cells
+        return f"{' '.join((*cell, piece)):60} {type(error).__name__}: {str(error)[:120]}"
+    row = found | {"sources": sources, "wall_seconds": time.perf_counter() - start}
     if not quick:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        atomic_write(path_of(cell), json.dumps(row).encode())
-    return f"{' '.join(cell):40} {row['wall_seconds']:8.1f} s"
+        atomic_write(path_of(cell, piece), json.dumps(row).encode())
+    return f"{' '.join((*cell, piece)):60} {row['wall_seconds']:8.1f} s"
+
+
+def whole(cell: Cell) -> dict[str, Any]:
+    """A cell of its pieces."""
+    rows = {piece: json.loads(path_of(cell, piece).read_text()) for piece in pieces(cell)}
+    out: dict[str, Any] = {
+        "revision": revision(cell[1]), "wall_seconds": sum(row.pop("wall_seconds") for row in rows.values())
+    }  # fmt: skip
+    for row in rows.values():
+        del row["sources"]
+    if cell[0] == "stream":
+        return rows[""] | out
+    for kind in KINDS:
+        parts = [row for piece, row in rows.items() if piece.startswith(kind)]
+        out[kind] = {what: sum((part[what] for part in parts), []) for what in ("nll", "kl", "error")}
+        for what in ("layers", "held", "peak", "read", "moved"):
+            out[kind][what] = np.mean([part[what] for part in parts], axis=0).tolist()
+    return out | {f"recall_{question}": rows[question] for question in ("inside", "after")}
 
 
 def summarise(cell: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
@@ -196,25 +224,34 @@ def _pair(a: list[float], b: list[float]) -> list[float]:
 def join(sources: dict[str, dict[str, str]]) -> int:
     """The two stored files, of the cells that are there; 1 if some are missing."""
     wanted = cells()
-    missing = [cell for cell in wanted if not made(cell, sources)]
-    rows = {cell: json.loads(path_of(cell).read_text()) for cell in wanted if cell not in missing}
-    for row in rows.values():
-        del row["sources"], row["cell"]
-    about = {"root": ROOT, "threads": 1, "missing": ["-".join(c) for c in missing]}
-    grid = {f"{c[1]}@{c[2]}": row for c, row in rows.items() if c[0] == "grid"}
-    if full := grid.get("full@1.0"):
-        for row in grid.values():
-            summarise(row, full)
+    missing = [cell for cell in wanted if not all(made(cell, piece, sources) for piece in pieces(cell))]
+    about = {"root": ROOT, "threads": 1}
+    grids: dict[str, dict[str, Any]] = {model: {} for model in (MODEL, *OTHERS)}
+    streams = {}
+    for cell in wanted:
+        if cell in missing:
+            continue
+        if cell[0] == "grid":
+            grids[cell[1]][f"{cell[2]}@{cell[3]}"] = whole(cell)
+        else:
+            streams[cell[2]] = whole(cell)
+    for grid in grids.values():
+        for row in grid.values() if FULL in grid else ():
+            summarise(row, grid[FULL])
+    gone = {metric: ["-".join(c[1:]) for c in missing if c[0] == metric] for metric in ("grid", "stream")}
+    if FULL in grids[MODEL]:
+        count = sum(map(len, grids.values()))
         store(
-            RESULTS / "grid.json", command="make results-kvcache", model=MODEL, cells=grid, sources=SOURCES,
-            summary=f"{len(grid)} of {sum(c[0] == 'grid' for c in wanted)} cells, {DOCUMENTS} documents each",
+            RESULTS / "grid.json", command="make results-kvcache", model=MODEL, cells=grids.pop(MODEL),
+            others=grids, sources=SOURCES, missing=gone["grid"],
+            summary=f"{count} of {sum(c[0] == 'grid' for c in wanted)} cells, {DOCUMENTS} documents each",
             setup={"documents": DOCUMENTS, "length": LENGTH, "prompt": PROMPT}, **about,
         )  # fmt: skip
-    if streams := {c[1]: row for c, row in rows.items() if c[0] == "stream"}:
+    if streams:
         store(
             RESULTS / "streams.json", command="make results-kvcache", model=STREAM_MODEL,
             summary=f"{len(streams)} streams of up to {max(STREAMED.values()):,} tokens in {SLOTS} slots",
-            streams=streams, sources=STREAM_SOURCES, **about,
+            streams=streams, sources=STREAM_SOURCES, missing=gone["stream"], **about,
         )  # fmt: skip
     print("\n".join(f"missing: {' '.join(cell)}" for cell in missing))
     return 1 if missing else 0
@@ -225,6 +262,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--part", choices=("grid", "stream"), help="cells of this kind")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="cells of these methods")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="cells of these models")
     parser.add_argument("--limit-s", type=float, help="give up cells that are not done by then")
     parser.add_argument("--quick", action="store_true", help="tiny amounts, nothing stored")
     parser.add_argument("--join", action="store_true", help="only make the stored files of what is there")
@@ -235,13 +273,14 @@ def main() -> int:
     }
     if args.join:
         return join(sources)
-    todo = [cell for cell in cells() if args.quick or not made(cell, sources)]
-    if args.part:
-        todo = [cell for cell in todo if cell[0] == args.part]
-    if args.only:
-        todo = [cell for cell in todo if cell[1] in args.only]
-    todo.sort(key=lambda cell: cell[0] == "grid")  # the longest first
-    jobs = [(cell, sources[cell[0]], args.quick) for cell in todo]
+    wanted = [cell for cell in cells() if args.part in (None, cell[0])]
+    wanted = [cell for cell in wanted if not args.models or cell[1] in args.models]
+    wanted = [cell for cell in wanted if not args.only or cell[2] in args.only]
+    todo = [(cell, piece) for cell in wanted for piece in pieces(cell)]
+    todo = [job for job in todo if args.quick or not made(*job, sources)]
+    # The longest first; then what has the same reference.
+    todo.sort(key=lambda job: (job[0][0] == "grid", job[0][2] not in SLOWEST, job[0][1], job[1]))
+    jobs = [(cell, piece, sources[cell[0]], args.quick) for cell, piece in todo]
     if args.jobs == 1:
         for job in jobs:
             print(work(job), flush=True)

@@ -65,20 +65,20 @@ ON_OUTLIERS = (
     "wanda 0.5", "sparsegpt 0.5", "rtn 2 g32", "quip# 2",
 )  # fmt: skip
 SLOWEST = "aqlm 2x4 g4"
-SEEDS = {"llama-nano": 3, "llama-mini": 3, "gpt2-mini": 1}
+SEEDS = 3
 INJECTED = " + outliers"
 
 
 def cells() -> list[tuple[str, str, int]]:
     """All cells, the most telling first: (model, method, seed)."""
     found = [(model, DENSE, 0) for model in MODELS]
-    found += [(model, SLOWEST, 0) for model in MODELS]
-    for seed in range(3):
+    found += [(model, SLOWEST, seed) for seed in range(SEEDS) for model in MODELS]
+    found += [(model + INJECTED, DENSE, 0) for model in MODELS]
+    for seed in range(SEEDS):
         for model in ("llama-mini", "llama-nano", "gpt2-mini"):
-            if seed < SEEDS[model]:
-                found += [(model, m, seed) for m, row in METHODS.items() if row.calibrated or seed == 0]
-        if seed == 0:
-            found += [(m + INJECTED, name, 0) for m in MODELS for name in (DENSE, *ON_OUTLIERS)]
+            for name in (model, model + INJECTED):
+                of_it = METHODS if name == model else ON_OUTLIERS
+                found += [(name, m, seed) for m in of_it if METHODS[m].calibrated or seed == 0]
     return list(dict.fromkeys(found))
 
 

@@ -86,7 +86,7 @@ class Attention:
     def _scores(self, part: slice) -> Tensor:
         """q k' [B, G, R, t, S]."""
         scores = self.q[:, :, :, part].flatten(2, 3) @ self.k.transpose(-1, -2)
-        return scores.unflatten(2, (self.q.shape[2], -1))
+        return scores.view(*self.q.shape[:3], -1, scores.shape[-1])
 
     def output(self) -> Tensor:
         """The heads' outputs [B, G, R, T, D]."""
@@ -118,7 +118,7 @@ class Attention:
         return torch.cat(parts, 3), sums
 
     def _mix(self, weights: Tensor) -> Tensor:
-        return (weights.flatten(2, 3) @ self.v).unflatten(2, weights.shape[2:4])
+        return (weights.flatten(2, 3) @ self.v).view(*weights.shape[:4], -1)
 
 
 def attention_forward(

@@ -79,6 +79,7 @@ class Codec:
 class Dense(Codec):
     """Keys and values as they come, in the model's dtype: 2 · G · D numbers for each token of a layer.
 
+    While nothing is evicted, new entries wait `beside` flat ones, [B, G, t, D], until the next `pad`.
 
     >>> codec = Dense()
     >>> codec.append(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
@@ -89,6 +90,7 @@ class Dense(Codec):
 
     k: Tensor | None = None
     v: Tensor | None = None
+    beside: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
         # The first entries are copied: what the model hands over may be a view of a larger tensor.
@@ -100,11 +102,22 @@ class Dense(Codec):
             return self.k, self.v
         return tuple(t.take_along_dim(index[..., None], 2) for t in (self.k, self.v))
 
+    def append_beside(self, k: Tensor, v: Tensor) -> None:
+        """Add new entries [B, G, T, D] to flat ones, which stay where they are."""
+        pair = self.beside or (None, None)
+        self.beside = tuple(_behind(old, new, own=True) for old, new in zip(pair, (k, v), strict=True))
+
     def keep(self, selection: Selection) -> None:
         self.k, self.v = selection.apply(self.k), selection.apply(self.v)
 
     def pad(self, padding: Padding) -> None:
-        self.k, self.v = padding.apply(self.k), padding.apply(self.v)
+        self.k, self.v = self.laid_out(padding)
+        self.beside = None
+
+    def laid_out(self, padding: Padding) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, S + t, D], of flat entries and the t of each head beside them."""
+        laid = padding.apply(self.k), padding.apply(self.v)
+        return laid if self.beside is None else tuple(map(_behind, laid, self.beside))
 
     def rewrite(self, k: Tensor, v: Tensor) -> None:
         if k.shape != self.k.shape or v.shape != self.v.shape:
@@ -116,10 +129,14 @@ class Dense(Codec):
         self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"payload": {} if self.k is None else {"k": self.k, "v": self.v}, "meta": {}}
+        named = {} if self.k is None else {"k": self.k, "v": self.v}
+        if self.beside is not None:
+            named |= dict(zip(("k beside", "v beside"), self.beside, strict=True))
+        return {"payload": named, "meta": {}}
 
     def nbytes(self) -> dict[str, int]:
-        return {"payload": 0 if self.k is None else self.k.nbytes + self.v.nbytes, "meta": 0}
+        held = (self.k, self.v, *(self.beside or ()))
+        return {"payload": sum(t.nbytes for t in held if t is not None), "meta": 0}
 
 
 class DenseTail(Codec):

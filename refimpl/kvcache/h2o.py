@@ -7,7 +7,7 @@ from torch import LongTensor, Tensor
 
 from refimpl.kvcache.importance import norm_slot, note_norms
 from refimpl.kvcache.policies import KVPolicy, _size
-from refimpl.kvcache.slots import best
+from refimpl.kvcache.slots import all_but, best
 from refimpl.kvcache.view import View
 
 __all__ = ["H2O"]
@@ -68,6 +68,9 @@ class H2O(KVPolicy):
     def keep(self, v: View) -> LongTensor | None:
         if v.S <= self.budget:
             return None
+        if v.full and v.S == self.budget + 1:  # a decoding step: one goes
+            free = self.score(v)[..., self.sink : v.S - self.recent]
+            return all_but(free.argmin(-1, keepdim=True) + self.sink, v.S)
         pinned = v.rank >= v.count - self.recent
         if self.sink:
             pinned = pinned | (v.rank < self.sink)

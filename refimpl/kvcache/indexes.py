@@ -167,6 +167,8 @@ class Graph(Index):
         B, G, R, _ = q.shape
         M, width = self.links.shape[2:]
         beam = min(max(self.beam, k), M)
+        if beam == M:  # it would follow every link, by which every key can be reached
+            return (q @ self.keys.mT).topk(min(k, M)).indices, torch.full(q.shape[:3], M, device=q.device)
         ids = self.entry[:, :, None].expand(B, G, R, 1)
         scores = _products(q, self.keys, ids)
         waiting = torch.ones_like(ids, dtype=torch.bool)  # in the beam, links not yet followed

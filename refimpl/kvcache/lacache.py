@@ -76,9 +76,11 @@ class LaCache(KVPolicy):
             return layer % (self.dropped + 1)
         return min(layer // (self.span - self.overlap), self.dropped)
 
-    def keep(self, v: View) -> Tensor | None:
+    def keep(self, v: View) -> Tensor | list[slice] | None:
         if v.S <= self.limit:
             return None
+        if v.full and v.T == 1:
+            return self._step(v)
         # The sinks never go, so the first filled slot tells how many tokens were padding.
         padding = 0 if v.full else v.pos.masked_fill(~v.ok, v.seen).amin(-1, keepdim=True)
         seen = torch.as_tensor(v.seen - padding, device=v.device)
@@ -94,6 +96,20 @@ class LaCache(KVPolicy):
             done = done + now
             rank = (kept.cumsum(-1) - 1).masked_fill(~kept, -1)
         return kept
+
+    def _step(self, v: View) -> list[slice] | None:
+        """The same for one more token: at most one block is thinned, and the host knows which."""
+        done, due = (
+            max(0, seen - self.limit + self.dropped - 1) // self.dropped for seen in (v.seen - 1, v.seen)
+        )
+        if done == due:
+            return None
+        start = self.sink + self.kept * (done % self.blocks)
+        first = start + self.offset(v.layer)
+        parts = [(0, start), (first, first + self.kept), (start + self.block, v.S)]
+        if first == start:
+            parts[:2] = [(0, first + self.kept)]
+        return [slice(a, b) for a, b in parts]
 
     def _thinned(self, seen: Tensor) -> Tensor:
         """Blocks thinned until `seen` tokens fit into the limit."""

@@ -71,16 +71,21 @@ class KVLayer:
         self.asks = not (policy.once or silent and not self.merges)
         # and mostly nothing is left to do but to append keys and values.
         self.plain = not (self.asks or rope or self.partly or self.hides or policy.slots)
+        self.beside = 0  # tokens that wait beside flat entries
 
     @property
     def pos(self) -> Tensor | None:
         # Most steps of decoding have no use for positions: they are written when somebody looks.
+        if self.beside:
+            self._settle(self._unpack())
         if self._known < self.seen:
             T, device = self.seen - self._known, self.device
-            new = torch.arange(self._known, self.seen, dtype=torch.int32, device=device)
-            if self._pos is not None:
-                shared = self._pos.ndim == 1
-                new = torch.cat((self._pos, new if shared else new.expand(*self._pos.shape[:2], T)), -1)
+            if self._pos is None or T > 1:
+                new = torch.arange(self._known, self.seen, dtype=torch.int32, device=device)
+                if self._pos is not None:
+                    new = torch.cat((self._pos, new.expand(*self._pos.shape[:-1], T)), -1)
+            else:
+                new = F.pad(self._pos, (0, 1), value=self._known)
             self._pos, self._known = new, self.seen
         return self._pos
 
@@ -100,9 +105,9 @@ class KVLayer:
         """
         self._check(k, mask, window)
         if self.plain and self.seen and q.shape[2] == 1 and not (
-            self.padded or self.stage.chunking or mask is not None or window or self.counts is not None
+            self.padded or self.stage.chunking or mask is not None or window
         ):  # fmt: skip
-            return self._step(q, k, v, scale)
+            return self._step(q, k, v, scale) if self.counts is None else self._step_ragged(q, k, v, scale)
         if self.rope is not None:
             if position_ids is None:
                 raise ValueError("position_ids: None; compact positions need them from the model")
@@ -126,7 +131,7 @@ class KVLayer:
         if self.hides:
             attention.hidden = self.policy.hide(self._view(attention, ok, prefill, self.x))
         weights = sums = None
-        if asked and self.scores and len(attention.blocks()) == 1:
+        if asked and self.scores and (q.shape[3] == 1 or len(attention.blocks()) == 1):
             weights = attention.weights()
             out = attention._mix(weights)
         elif asked and "attn" in self.policy.needs and not self.stage.chunking:
@@ -158,6 +163,19 @@ class KVLayer:
         k, v = self.codec.read()
         out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, scale=scale)
         self.codec.commit(None)
+        self.x = None
+        return out.view(q.shape)
+
+    def _step_ragged(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The same where heads hold different numbers of slots: nothing is made flat again."""
+        B, G = self.counts.shape
+        self.codec.append_beside(k, v)
+        self.seen, self.beside = self.seen + 1, self.beside + 1
+        self._read_whole = self.codec.nbytes(), None, B * G
+        padding = Padding(self.counts)
+        k, v = self.codec.laid_out(padding)
+        ok = F.pad(padding.ok, (0, self.beside), value=True)
+        out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, ok[:, :, None], scale=scale)
         self.x = None
         return out.view(q.shape)
 
@@ -354,15 +372,16 @@ class KVLayer:
             return None
         padding = Padding(self.counts)
         self.codec.pad(padding)
-        self.pos = padding.apply(self.pos)
+        self._pos = padding.apply(self._pos)  # of those beside, positions are written when somebody looks
         self.states = {name: padding.apply(state) for name, state in self.states.items()}
-        self.shape = tuple(padding.ok.shape)
-        return padding.ok
+        ok = F.pad(padding.ok, (0, self.beside), value=True) if self.beside else padding.ok
+        self.beside, self.shape = 0, tuple(ok.shape)
+        return ok
 
     # --- outside a forward ----------------------------------------------------------------------------------
     def held(self) -> LongTensor:
         """Return the slots that each head holds, [B, G]."""
-        return torch.full(self.shape[:2], self.shape[2]) if self.counts is None else self.counts
+        return torch.full(self.shape[:2], self.shape[2]) if self.counts is None else self.counts + self.beside
 
     def take_rows(self, rows: LongTensor) -> None:
         """Reorder or repeat the rows of the batch."""

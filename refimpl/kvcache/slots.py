@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import LongTensor, Tensor
 
-__all__ = ["Padding", "Selection", "Stretches", "best"]
+__all__ = ["Padding", "Selection", "Stretches", "all_but", "best"]
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -115,12 +115,11 @@ class Padding:
     """
 
     def __init__(self, counts: LongTensor) -> None:
-        ends = counts.flatten().cumsum(0).view_as(counts)
+        ends = counts.flatten().cumsum(0).view_as(counts)[..., None]
         back = torch.arange(int(counts.max()), 0, -1, device=counts.device)  # distance from a head's end
         self.ok = back <= counts[..., None]
-        self.index = (ends[..., None] - back).clamp(0, max(int(ends[-1, -1]) - 1, 0))
-        # A padded slot may repeat a neighbour's entry: its content is finite, and `ok` hides it.
-        self.index = torch.where(self.ok, self.index, (ends - 1).clamp(min=0)[..., None])
+        # A padded slot repeats the head's first entry: its content is finite, and `ok` hides it.
+        self.index = (ends - back.minimum(counts[..., None].clamp(min=1))).clamp_(min=0)
 
     def apply(self, flat: Tensor) -> Tensor:
         """Lay [N, ...] out as [B, G, S, ...]."""
@@ -183,9 +182,18 @@ def best(score: Tensor, n: int) -> LongTensor:
     if not 1 <= n <= score.shape[-1]:
         raise ValueError(f"n: {n}; allowed: 1..{score.shape[-1]}, the number of scores")
     if n == score.shape[-1] - 1:  # a decoding step drops one: no need to sort
-        kept = torch.arange(n, device=score.device)
-        return kept + (kept >= score.argmin(-1, keepdim=True))
+        return all_but(score.argmin(-1, keepdim=True), n + 1)
     return score.topk(n, sorted=False).indices.sort().values
+
+
+def all_but(dropped: LongTensor, S: int) -> LongTensor:
+    """Return the indices [..., S - 1] of all S slots but one, `dropped` [..., 1].
+
+    >>> all_but(torch.tensor([[1], [2]]), 3).tolist()
+    [[0, 2], [0, 1]]
+    """
+    kept = torch.arange(S - 1, device=dropped.device)
+    return kept + (kept >= dropped)
 
 
 def as_mask(

@@ -120,7 +120,8 @@ class View:
         if self._sums is not None:
             return self._sums
         if self._weights is not None:
-            return self._weights.sum(3, dtype=torch.float32)
+            one = self.T == 1
+            return self._weights[:, :, :, 0].float() if one else self._weights.sum(3, dtype=torch.float32)
         return sum(self.attention.weights(p).sum(3, dtype=torch.float32) for p in self.attention.blocks())
 
     def attn_lastw(self, w: int) -> Tensor:

@@ -1,8 +1,6 @@
 """The scripts that measure: their small modes run; what is stored is of the sources that are here."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,12 @@ ROOT = Path(__file__).parents[2]
 STORED = ROOT / "data" / "results" / "kvcache"
 
 
-def test_gpu_script_in_its_small_mode(tmp_path):
-    out, to = tmp_path / "out", tmp_path / "gpu.json"
-    command = [sys.executable, str(ROOT / "data" / "kvcache_gpu.py")]
-    tiny = ["--tiny", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run([*command, *tiny], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    subprocess.run([*command, "--join", str(out), "--to", str(to)], check=True, capture_output=True)
+def test_gpu_script_in_its_small_mode(tmp_path, monkeypatch):
+    script, out, to = load_script("kvcache_gpu"), tmp_path / "out", tmp_path / "gpu.json"
+    for options in (["--tiny", "--device", "cpu", "--out", out], ["--join", out, "--to", to]):
+        monkeypatch.setattr("sys.argv", ["kvcache_gpu.py", *map(str, options)])
+        with torch.random.fork_rng():  # the script seeds the global generator
+            assert script.main() == 0
     runs = json.loads(to.read_text())["runs"]
     methods = ("full", "dynamic", "streaming_llm", "snapkv", "h2o", "d2o", "kivi", "minikv", "quest")
     assert set(runs) == {f"{method}-{n}" for method in methods for n in (256, 512)}
@@ -56,8 +53,11 @@ def test_the_race_compares_the_same_model(batch):
 def test_the_grid_names_every_method_and_stream():
     grid = load_script("kvcache_grid")
     cells = grid.cells()
-    assert len(set(cells)) == len(cells) and len({grid.path_of(cell) for cell in cells}) == len(cells)
-    assert {cell[1] for cell in cells if cell[0] == "stream"} >= {"window", "streaming_llm", "lacache", "h2o"}
+    files = [grid.path_of(cell, piece) for cell in cells for piece in grid.pieces(cell)]
+    assert len(set(cells)) == len(cells) and len(set(files)) == len(files)
+    assert {cell[2] for cell in cells if cell[0] == "stream"} >= {"window", "streaming_llm", "lacache", "h2o"}
+    assert {cell[1] for cell in cells} == {"llama-nano", "llama-mini", "gpt2-mini"}
+    assert ("grid", "gpt2-mini", "streaming_llm", "0.25") not in cells, "GPT-2 has no rotary positions"
     blocks = grid.blocks("streaming_llm", torch.randint(300, 400, (2, 12)), new("llama-nano"))
     assert blocks[-1]["tokens"] == 11 and len(blocks[-1]["nll"]) == 2
 

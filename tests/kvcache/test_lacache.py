@@ -59,16 +59,16 @@ def test_first_compaction_covers_every_token(llama, ladder, span, overlap):
 def test_slots_and_bytes_stay_constant_and_reach_further_than_streaming(llama):
     policy = LaCache(24, L, 3)
     ladder, stream = KVCache(llama, policy), KVCache(llama, StreamingLLM(20, 4))
-    ids, sizes = random_ids(1, 200), set()
+    ids, sizes = random_ids(1, 120), set()
     for cache in (ladder, stream):
         run(llama, cache, ids[:, :40], [40])
-    for step in range(40, 200):
+    for step in range(40, 120):
         for cache in (ladder, stream):
             run(llama, cache, ids[:, step : step + 1], [1])
         assert len({layer.shape[2] for layer in ladder.layers}) == 1
         sizes.add(ladder.ledger().total(view="resident"))
     assert sizes == {stream.ledger().total(view="resident")}
-    age = [max(199 - int(layer.pos[4]) for layer in cache.layers) for cache in (ladder, stream)]
+    age = [max(119 - int(layer.pos[4]) for layer in cache.layers) for cache in (ladder, stream)]
     assert age[0] > 1.5 * age[1]
 
 

@@ -1,6 +1,7 @@
 """The check of LaCache (kv-cache spec 13)."""
 
 from collections.abc import Callable
+from functools import cache
 from math import ceil
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ def check_lacache(LaCache: Callable) -> None:
         require_error(ValueError, lambda wrong=wrong: LaCache(*wrong), f"LaCache{wrong}")
 
 
+@cache  # the same for every candidate
 def _reference(budget: int, L: int, s: int, o: int, ladder: str, layer: int, n: int) -> list[int]:
     """Tokens that a layer holds after n: a list, one token and one block at a time."""
     block = 1 + ceil((L - s) / (s - o))
@@ -64,5 +66,6 @@ def _stream(policy: object, layer: int, L: int, chunks: list[int]) -> list[int]:
         )  # fmt: skip
         keep = policy.keep(view)
         if keep is not None:
-            held = held[keep.flatten()]
+            parts = keep if isinstance(keep, list) else [keep.flatten()]  # stretches, or a mask
+            held = torch.cat([held[part] for part in parts])
     return held.tolist()

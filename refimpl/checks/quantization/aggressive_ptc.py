@@ -1,6 +1,7 @@
 """The check of aggressive post-training compression (quantization spec, section 19; arXiv 2409.20094)."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,7 @@ SPARSITY, SPREAD, DAMP = 0.7, 0.15, 0.01
 def check_aggressive_ptc(aggressive_ptc: Callable) -> None:
     """`aggressive_ptc(model, ids, sparsity=, bits=, group=, spread=)` changes a model's linear layers."""
     ids = random_ids(8, 32)
-    plain = tiny("llama")
-    with torch.no_grad():
-        # Correlated inputs, so that errors can be made up for.
-        E = plain.model.embed_tokens.weight
-        E.copy_(E[:, :8] @ E[:8] * 2 + 0.2 * E)
-        # Blocks of different importance, so that one threshold is not one sparsity.
-        for i, layer in enumerate(plain.model.layers):
-            layer.mlp.up_proj.weight *= 0.4 + 0.8 * i
-    inputs = _inputs(plain, ids)
-    errors = {name: _errors(plain.get_submodule(name).weight, x) for name, x in inputs.items()}
+    plain, inputs, errors = _prepared()
     for spread in (SPREAD, 0.02):
         expected = _shares(errors, spread)
         model = tiny("llama")
@@ -49,6 +41,20 @@ def check_aggressive_ptc(aggressive_ptc: Callable) -> None:
     aggressive_ptc(model, ids, sparsity=SPARSITY, bits=3, group="row", spread=SPREAD)
     W, Q = plain.get_submodule(name).weight.detach(), model.get_submodule(name).weight.double()
     _check_grid(W, Q, inputs[name], _shares(errors, SPREAD)[name])
+
+
+@cache  # the same for every candidate, which gets a copy of the model
+def _prepared() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    plain = tiny("llama")
+    with torch.no_grad():
+        # Correlated inputs, so that errors can be made up for.
+        E = plain.model.embed_tokens.weight
+        E.copy_(E[:, :8] @ E[:8] * 2 + 0.2 * E)
+        # Blocks of different importance, so that one threshold is not one sparsity.
+        for i, layer in enumerate(plain.model.layers):
+            layer.mlp.up_proj.weight *= 0.4 + 0.8 * i
+    inputs = _inputs(plain, random_ids(8, 32))
+    return plain, inputs, {n: _errors(plain.get_submodule(n).weight, x) for n, x in inputs.items()}
 
 
 def _check_grid(W: Tensor, Q: Tensor, x: Tensor, sparsity: float) -> None:

@@ -1,6 +1,7 @@
 """The check of AWQ (quantization spec, section 7; arXiv 2306.00978)."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,7 @@ def check_awq(awq: Callable) -> None:
     ids = random_ids(4, 20)
     for heads in (4, 2):
         what = "llama" if heads == 4 else "llama whose query heads share value heads"
-        plain = _model(heads)
-        expected = [_search(plain, layer, ids, fold_o=heads == 4) for layer in range(2)]
+        expected = _expected(heads)
         for clip in (False, True):
             model = _model(heads)
             awq(model, ids, BITS, GROUP, clip=clip)
@@ -35,12 +35,21 @@ def check_awq(awq: Callable) -> None:
                     found, here = block.get_submodule(name).weight, f"{where}: {name}"
                     require(found.shape == W.shape, f"{here} has shape {list(found.shape)}")
                     if not clip or name in (Q, K):
-                        require_close(found, _round(W), 1e-5, f"{here}, the rounded scaled weights")
+                        # A scale that falls between two numbers of 16 bits may be either.
+                        most = float(((found - _round(W)).abs() < 1e-5).float().mean())
+                        require_close(found, _round(W), 1e-5 if most < 0.99 else 1e-3 * float(W.abs().max()),
+                                      f"{here}, the rounded scaled weights")  # fmt: skip
                         continue
                     cost, least = _cost(W, found, inputs[name]), _least_cost(W, inputs[name])
                     close = (cost - least).abs() <= 1e-4 * least + 1e-9
                     words = f"{int((~close).sum())} of {close.numel()} groups are clipped to something worse"
                     require(bool(close.all()), f"{here}: {words} (or better) than the best of ten")
+
+
+@cache  # the same for every candidate
+def _expected(heads: int) -> list[tuple[dict, dict, dict]]:
+    plain = _model(heads)
+    return [_search(plain, layer, random_ids(4, 20), fold_o=heads == 4) for layer in range(2)]
 
 
 def _search(model: nn.Module, layer: int, ids: Tensor, fold_o: bool) -> tuple[dict, dict, dict]:

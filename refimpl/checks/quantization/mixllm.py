@@ -1,6 +1,7 @@
 """The check of MixLLM (quantization spec, section 14; arXiv 2412.14590)."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,8 @@ SHARE, LOW, HIGH, GROUP, DAMP = 0.2, 2, 8, 8, 0.01
 def check_mixllm(mixllm: Callable) -> None:
     """`mixllm(model, ids, share, low=, high=, group=, sequential=)` -> object with `salience` and `rows`, by
     module name; the model's linear layers are replaced by layers with `weight` [d_out, d_in]."""
-    model, ids = tiny("llama"), random_ids(6, 24)
-    linears = {
-        name: module for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }  # fmt: skip
-    W = {name: module.weight.detach().clone() for name, module in linears.items()}
-    salience, H = _salience(model, linears, ids), _hessians(model, linears, ids)
+    model, ids = tiny("llama", num_hidden_layers=2), random_ids(6, 24)
+    W, salience, H = _expected()
     rows = _top(salience)
     done = mixllm(model, ids, SHARE, low=LOW, high=HIGH, group=GROUP, sequential=False)
     require(
@@ -58,6 +54,18 @@ def check_mixllm(mixllm: Callable) -> None:
     step = groups.abs().amax(-1, keepdim=True) / 127
     expected = ((groups / step).round() * step).view(5, -1) @ layer.weight.T
     require_close(layer(x), expected, 1e-4, "inputs in 8 bits, symmetric, per token and group: the product")
+
+
+@cache  # the same for every candidate
+def _expected() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, salience and H of every linear layer of the blocks."""
+    model, ids = tiny("llama", num_hidden_layers=2), random_ids(6, 24)
+    linears = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }  # fmt: skip
+    W = {name: module.weight.detach().clone() for name, module in linears.items()}
+    return W, _salience(model, linears, ids), _hessians(model, linears, ids)
 
 
 def _salience(model: nn.Module, linears: dict[str, nn.Linear], ids: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from refimpl.checks.tiny import HEADS, LAYERS, WIDTH, random_ids, tiny
 
 IMPLEMENTATION = {"nuteprune": "refimpl.quantization.pruning.nuteprune:nuteprune"}
 NEURONS, DIM, GROUPS = 40, WIDTH // HEADS, 2
-TARGET, INTERVAL, AHEAD, STEPS, WARMUP = 0.3, 0.03, 2, 44, 8
+TARGET, INTERVAL, AHEAD, STEPS, WARMUP = 0.3, 0.03, 2, 32, 8
 
 
 @check

@@ -22,12 +22,12 @@ def check_sparsegpt(SparseGPT: Callable) -> None:
     X += 0.5 * torch.randn(400, COLUMNS, generator=generator, dtype=torch.float64)
     X *= torch.linspace(0.3, 1.5, COLUMNS, dtype=torch.float64)
     H = 2 / len(X) * X.T @ X
-    before = W.clone(), H.clone()
+    before, inverses = (W.clone(), H.clone()), _inverses(H)
     for sparsity in (0.0, 0.5, 0.7, "2:4", "4:8"):
         result = SparseGPT(sparsity, dtype=torch.float32).solve(W, H)
         untouched = torch.equal(W, before[0]) and torch.equal(H, before[1])
         require(untouched, f"sparsity {sparsity}: W or H was changed")
-        expected, keep = _reference(W, H, sparsity)
+        expected, keep = _reference(W, inverses, sparsity)
         shapes = list(result.Q.shape), list(result.keep.shape)
         require(shapes == ([ROWS, COLUMNS],) * 2, f"sparsity {sparsity}: Q and keep have shapes {shapes}")
         require(
@@ -53,11 +53,15 @@ def check_sparsegpt(SparseGPT: Callable) -> None:
     require(not bool(result.Q[:, 5].any()), "an input that never occurred: its weights are not 0")
 
 
-def _reference(W: Tensor, H: Tensor, sparsity: float | str) -> tuple[Tensor, Tensor]:
-    """SparseGPT without a Cholesky factor: 1 / [inverse of what is left of H]_jj is the price of column j."""
+def _inverses(H: Tensor) -> list[Tensor]:
+    """For every column j, the first row of the inverse of what is left of H."""
     H = H + DAMP * H.diagonal().mean() * torch.eye(COLUMNS)
+    return [torch.linalg.inv(H[j:, j:])[0] for j in range(COLUMNS)]
+
+
+def _reference(W: Tensor, inverses: list[Tensor], sparsity: float | str) -> tuple[Tensor, Tensor]:
+    """SparseGPT without a Cholesky factor: 1 / [inverse of what is left of H]_jj is the price of column j."""
     W, Q = W.double(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
-    inverses = [torch.linalg.inv(H[j:, j:])[0] for j in range(COLUMNS)]
     price = torch.stack([row[0] for row in inverses])
     keep = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
     n, m = (int(x) for x in sparsity.split(":")) if isinstance(sparsity, str) else (None, BLOCK)

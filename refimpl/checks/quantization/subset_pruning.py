@@ -42,6 +42,7 @@ def check_soft_top_k(soft_top_k: Callable) -> None:
 def check_subset_pruning(train_subset: Callable) -> None:
     """`train_subset(model, ids, k, generator=, steps=, cooldown=, batch=, weights_lr=, straight_through=)` ->
     scores [L, H], heads [L, H] and losses; weights_lr None: only scores are trained."""
+    _check_losses(train_subset, random_ids(1, 10))
     ids = torch.full((1, 6), TOKEN)
     bad = torch.zeros(LAYERS, HEADS).bool()
     bad[0] = True  # a layer that only hurts
@@ -63,7 +64,6 @@ def check_subset_pruning(train_subset: Callable) -> None:
         require(wrong == 0, f"{what}: {wrong} of the 5 heads that hurt are kept")
         same = all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
         require(same, f"{what}: the weights changed although they were frozen")
-    _check_losses(train_subset, random_ids(1, 10))
 
 
 def _check_losses(train_subset: Callable, ids: Tensor) -> None:

@@ -17,6 +17,9 @@ IMPLEMENTATION = {"trace": "refimpl.trace:trace"}
 
 BLOCK_SITES = ("resid_pre", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")
 
+# Two runs of one model need not agree to the bit: on some processors the kernel depends on where buffers lie.
+SAME = 1e-5
+
 
 @check
 def check_trace(trace: Callable) -> None:
@@ -95,6 +98,10 @@ def _first(out: Tensor | tuple) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and float((a - b).abs().max()) <= SAME
+
+
 def _logits(model: nn.Module, **inputs: Tensor) -> Tensor:
     with torch.no_grad():
         return model(**inputs).logits
@@ -123,12 +130,12 @@ def _with_hooks(model: nn.Module, ids: Tensor, *hooks: tuple[nn.Module, str, Cal
 def _recording(trace: Callable, family: str, model: nn.Module, ids: Tensor) -> None:
     base = _logits(model, input_ids=ids)
     require(
-        torch.equal(trace(model, ids).logits, base),
+        _same(trace(model, ids).logits, base),
         f"{family}: a trace that records nothing changes the logits",
     )
     reference = _reference(model, ids)
     result = trace(model, ids, record=list(reference))
-    require(torch.equal(result.logits, base), f"{family}: recording changes the logits")
+    require(_same(result.logits, base), f"{family}: recording changes the logits")
     require(
         set(result.acts) == set(reference),
         f"{family}: asked for {len(reference)} sites, got {len(result.acts)}",
@@ -155,7 +162,7 @@ def _editing(trace: Callable, family: str, model: nn.Module, ids: Tensor) -> Non
     for site in editable:
         same = trace(model, ids, edit={site: lambda x: x}).logits
         require(
-            torch.equal(same, base), f"{family}: an edit of {site} that changes nothing changes the logits"
+            _same(same, base), f"{family}: an edit of {site} that changes nothing changes the logits"
         )
         zero = trace(model, ids, edit={site: torch.zeros_like}).logits
         require((zero - base).abs().max() > 1e-3, f"{family}: zeroing {site} has no effect on the logits")
@@ -228,7 +235,7 @@ def _hygiene(trace: Callable, family: str, model: nn.Module, ids: Tensor) -> Non
             f"{family}: hooks stay on the model after an exception inside an edit of {site}",
         )
     require(
-        torch.equal(_logits(model, input_ids=ids), base), f"{family}: the model is changed after an exception"
+        _same(_logits(model, input_ids=ids), base), f"{family}: the model is changed after an exception"
     )
 
     # An edit in place may be refused or survived, but it must not reach what was recorded before it.
@@ -258,7 +265,7 @@ def _hygiene(trace: Callable, family: str, model: nn.Module, ids: Tensor) -> Non
         pass
     require(torch.equal(given, kept), f"{family}: an edit in place changed the inputs_embeds of the caller")
     require(_hooks(model) == before, f"{family}: hooks stay on the model")
-    require(torch.equal(_logits(model, input_ids=ids), base), f"{family}: traces have changed the model")
+    require(_same(_logits(model, input_ids=ids), base), f"{family}: traces have changed the model")
 
 
 def _hooks(model: nn.Module) -> int:
@@ -269,7 +276,7 @@ def _gradients(trace: Callable, family: str, model: nn.Module, ids: Tensor) -> N
     embeds = 1.5 * model.get_input_embeddings().weight[ids].detach()
     plain = trace(model, ids, inputs_embeds=embeds, record=[("resid_post", 0)])
     require_close(
-        plain.logits, _logits(model, inputs_embeds=embeds), 0.0, f"{family}: logits of inputs_embeds"
+        plain.logits, _logits(model, inputs_embeds=embeds), SAME, f"{family}: logits of inputs_embeds"
     )
     require(
         not plain.logits.requires_grad and not plain.acts["resid_post", 0].requires_grad,
@@ -327,7 +334,7 @@ def _eval_mode(trace: Callable) -> None:
     model.transformer.h[1].eval()
     modes = [m.training for m in model.modules()]
     require(
-        torch.equal(trace(model, ids).logits, base), "a model in train mode is traced with its dropout on"
+        _same(trace(model, ids).logits, base), "a model in train mode is traced with its dropout on"
     )
     require(
         [m.training for m in model.modules()] == modes, "the train/eval modes of the modules are not restored"

@@ -146,7 +146,7 @@ def test_the_question_finds_its_document_better_than_perplexity_does(bundled):
     model, tokenizer = bundled("llama-nano")
     lingua, places = LLMLingua(model), {"plain": [], "asked": []}
     encode = lambda text: torch.tensor(tokenizer(text)["input_ids"])
-    for texts, question, gold in ranking_items(6):
+    for texts, question, gold in ranking_items(3):
         documents = [encode(text) for text in texts]
         for name, asked in (("plain", None), ("asked", encode(f"\nQuestion: {question}\n"))):
             scores = lingua.rank(documents, asked)

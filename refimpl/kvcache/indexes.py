@@ -167,18 +167,19 @@ class Graph(Index):
         B, G, R, _ = q.shape
         M, width = self.links.shape[2:]
         beam = min(max(self.beam, k), M)
-        if beam == M:  # it would follow every link, by which every key can be reached
-            return (q @ self.keys.mT).topk(min(k, M)).indices, torch.full(q.shape[:3], M, device=q.device)
         ids = self.entry[:, :, None].expand(B, G, R, 1)
         scores = _products(q, self.keys, ids)
         waiting = torch.ones_like(ids, dtype=torch.bool)  # in the beam, links not yet followed
         seen = torch.zeros(B, G, R, M + 1, dtype=torch.bool, device=q.device)  # the last: no key
         seen.scatter_(-1, ids, True)
-        while waiting.any():
+        while True:
             best = scores.masked_fill(~waiting, -torch.inf).argmax(-1, keepdim=True)
+            more = waiting.gather(-1, best)
+            if not more.any():
+                break
             here = ids.gather(-1, best)
             found = self.links.gather(2, here.flatten(2)[..., None].clamp(min=0).expand(-1, -1, -1, width))
-            found = found.view(B, G, R, width).masked_fill(~waiting.any(-1, keepdim=True), -1)
+            found = found.view(B, G, R, width).masked_fill(~more, -1)
             waiting = waiting.scatter(-1, best, False)
             place = found.masked_fill(found < 0, M)
             found = found.masked_fill(seen.gather(-1, place), -1)
@@ -193,8 +194,10 @@ class Graph(Index):
 
 def _products(q: Tensor, keys: Tensor, index: LongTensor) -> Tensor:
     """q [B, G, R, D] times the keys [B, G, M, D] at index [B, G, R, m]; -inf where the index is -1."""
-    rows = keys.take_along_dim(index.clamp(min=0).flatten(2)[..., None], 2).view(*index.shape, -1)
-    return (rows @ q[..., None])[..., 0].masked_fill(index < 0, -torch.inf)
+    B, G, M, _ = keys.shape
+    start = torch.arange(0, B * G * M, M, device=keys.device).view(B, G, 1, 1)
+    rows = keys.flatten(0, 2).index_select(0, (index.clamp(min=0) + start).flatten()).view(*index.shape, -1)
+    return (rows * q[..., None, :]).sum(-1).masked_fill(index < 0, -torch.inf)
 
 
 def _links(keys: Tensor, queries: Tensor, degree: int, near: int) -> LongTensor:
@@ -202,7 +205,12 @@ def _links(keys: Tensor, queries: Tensor, degree: int, near: int) -> LongTensor:
     M, near = len(keys), min(near, len(keys))
     lists = torch.cat([(part @ keys.T).topk(near).indices for part in queries.split(4096)])
     pairs = (lists[:, :, None] * M + lists[:, None, :]).flatten()
-    code, shared = pairs.unique(return_counts=True)
+    if M * M <= len(pairs):  # counting is faster than sorting
+        shared = torch.bincount(pairs, minlength=M * M)
+        code = shared.nonzero()[:, 0]
+        shared = shared[code]
+    else:
+        code, shared = pairs.unique(return_counts=True)
     key, other = code // M, code % M
     key, other, shared = (t[key != other] for t in (key, other, shared))
     order = shared.argsort(descending=True, stable=True)
@@ -216,11 +224,12 @@ def _links(keys: Tensor, queries: Tensor, degree: int, near: int) -> LongTensor:
     own = (keys[table.clamp(min=0)] @ keys[:, :, None])[..., 0].masked_fill(table < 0, -torch.inf)
     own, order = own.sort(descending=True)
     table = table.gather(1, order)
+    candidates = keys[table.clamp(min=0)]
+    similar = candidates @ candidates.mT  # [M, width, width]
     stays = torch.zeros_like(table, dtype=torch.bool)
     for c in range(width):  # occlusion, one candidate of every key at a time
-        one = keys[table[:, c].clamp(min=0)]
-        similar = (keys[table[:, :c].clamp(min=0)] @ one[:, :, None])[..., 0]
-        stays[:, c] = (table[:, c] >= 0) & ~(stays[:, :c] & (similar > own[:, c, None])).any(1)
+        hidden = stays[:, :c] & (similar[:, c, :c] > own[:, c, None])
+        stays[:, c] = (table[:, c] >= 0) & ~hidden.any(1)
     first = torch.where(stays, 0, 1) + 2 * (table < 0)  # those that stay, the others, the empty places
     return table.gather(1, first.argsort(dim=1, stable=True))[:, :degree]
 

@@ -73,7 +73,8 @@ class RetrievalAttention(Reader):
 
     def build(self, codec: Codec, q: Tensor, ok: Tensor | None) -> None:
         keys = codec.far[0].rows
-        self.index = self.index.fresh()
+        # Where all far keys are wanted there is nothing to choose.
+        self.index = self.index.fresh() if self.k < keys.shape[2] else Flat()
         if keys.shape[2]:
             self.index.build(keys, q.flatten(2, 3).to(HOST))
 

@@ -13,6 +13,10 @@ stopped; cells made from other sources are made again. `--join` alone makes the 
 Stored are, for each arm and seed, the loss of each document, the divergence from the uncompressed model where
 that is the claim (16 documents a kind), and the answer to each question; for pairs of arms `study.compare`.
 `--device cuda` trains, searches and measures on a GPU; other compression stays on the CPU.
+
+On 2026-11-23 `edge_llm.bit_widths` was mended for sensitivities that are all equal, and `head_sensitivity`
+began to refuse weights that are not finite. No cell meets either, so the stored ones were kept and carry the
+new hashes.
 """
 
 import argparse

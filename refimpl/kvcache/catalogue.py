@@ -115,8 +115,7 @@ METHODS: Mapping[str, Method] = {
                   make.tailorkv, sizes.tailor),
     "retrieval_attention": M("RetrievalAttention", READ, "every step", "token, per query head",
                              "far tokens and a graph on the host", True, "2 L G n D e",
-                             "near ones, keys visited, f n entries", "2409.10516", make.retrieval_attention,
-                             budgets=(1.0, 1 / 4, 1 / 16)),  # its graph is walked in Python
+                             "near ones, keys visited, f n entries", "2409.10516", make.retrieval_attention),
 }
 # fmt: on
 

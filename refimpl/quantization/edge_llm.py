@@ -174,7 +174,9 @@ def bit_widths(sensitivity: Tensor, low: int = 4, high: int = 8, n_low: int | No
     if type(low) is not int or type(high) is not int or not 2 <= low <= high <= 8:
         raise ValueError(f"low and high must be integers, 2 <= low <= high <= 8, got {low!r} and {high!r}")
     if n_low is None:
-        return tuple(high if value > s.mean() else low for value in s)
+        # The mean of equal numbers may round to just below them.
+        average = s.mean().clamp(s.min(), s.max())
+        return tuple(high if value > average else low for value in s)
     if type(n_low) is not int or not 0 <= n_low <= len(s):
         raise ValueError(f"n_low must be an integer from 0 to {len(s)}, got {n_low!r}")
     least = set(s.argsort(stable=True)[:n_low].tolist())

@@ -200,6 +200,11 @@ def test_refused_input_leaves_the_model_as_it_was(family):
             call()
         after = model.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items())
+    broken = tiny(family)
+    broken.get_input_embeddings().weight.data[0, 0] = torch.nan
+    for call in (head_importance, head_ablation, lambda m, ids: pruning_masks(m, ids, [3])):
+        with pytest.raises(ValueError, match="model: .* holds NaN"):
+            call(broken, IDS)
     assert not frozen.requires_grad and sum(not p.requires_grad for p in model.parameters()) == 1
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())

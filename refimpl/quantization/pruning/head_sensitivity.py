@@ -151,4 +151,7 @@ def _checked(model: nn.Module, ids: LongTensor, batch: int) -> Backbone:
         raise ValueError(f"ids: expected rows of 2 tokens or more, got {list(ids.shape)}")
     if type(batch) is not int or batch < 1:
         raise ValueError(f"batch must be an integer >= 1, got {batch!r}")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"model: {name} holds NaN or infinity; allowed: finite weights")
     return bb

@@ -111,6 +111,7 @@ results-kvcache: $(STAMP)  ## measure chapter 5's stored results anew; GPU=1 add
 # The grid takes hours of one core; the GPU part ten minutes of one H200.
 results-quantization: $(STAMP)  ## measure chapter 4's stored results anew; GPU=1 adds the GPU part
 	$(OFFLINE) $(PY) data/quantization_grid.py --jobs 2
+	$(OFFLINE) $(PY) data/quantization_models.py --jobs 2
 	$(if $(GPU),$(OFFLINE) $(PY) data/quantization_gpu.py --out build/quantization-gpu)
 	$(if $(GPU),$(OFFLINE) $(PY) data/quantization_gpu.py --join build/quantization-gpu)
 

@@ -19,7 +19,8 @@ STORED = ROOT / "data" / "results" / "quantization"
 
 
 @pytest.mark.parametrize(
-    "name", ["grid", "gpu", "bench", "peers", "trained", "trained-llama-mini", "trained-gpt2-mini"]
+    "name",
+    ["grid", "gpu", "bench", "peers", "trained", "trained-llama-mini", "trained-gpt2-mini", "models"],
 )
 def test_stored_results_are_of_these_sources(name):
     file = STORED / f"{name}.json"

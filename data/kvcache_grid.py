@@ -248,7 +248,8 @@ def join(sources: dict[str, dict[str, str]]) -> int:
         store(
             RESULTS / "grid.json", command="make results-kvcache", model=MODEL, cells=grids.pop(MODEL),
             others=grids, sources=SOURCES, missing=gone["grid"],
-            summary=f"{count} of {sum(c[0] == 'grid' for c in wanted)} cells, {DOCUMENTS} documents each",
+            summary=f"{count} of {sum(c[0] == 'grid' for c in wanted)} cells; {DOCUMENTS} documents a kind, "
+            f"{OTHERS[0]} {BATCH}",
             setup={"documents": DOCUMENTS, "length": LENGTH, "prompt": PROMPT}, **about,
         )  # fmt: skip
     if streams:

@@ -17,7 +17,6 @@ is there: for each arm and seed a number for each document and a digit for each 
 """
 
 import argparse
-import ast
 import copy
 import hashlib
 import inspect
@@ -61,7 +60,7 @@ from refimpl.quantization.sparse import pack_mask
 from refimpl.quantization.spqr import SpQR, SpQRLinear
 from refimpl.quantization.study import compare, mixed_ids
 from refimpl.quantization.texts import calibration_ids, evaluation_ids
-from refimpl.results import cpu, sha256, store
+from refimpl.results import cpu, imported, sha256, store
 from refimpl.world.formats import BY_NAME
 from refimpl.world.names import known_people
 from refimpl.world.people import ATTRIBUTES, STRATA, stratum
@@ -400,16 +399,8 @@ def cell(key: Cell, quick: bool, device: str) -> dict[str, Any]:
 @cache
 def sources_of(system: str) -> tuple[str, ...]:
     """Files that decide the numbers of a system's cells: its modules, and what they import, followed."""
-    todo = [*ALWAYS, *(f"refimpl.quantization.{name}" for name in SYSTEMS[system].modules)]
-    found: dict[str, Path] = {}
-    while todo:
-        module = todo.pop()
-        path = ROOT / (module.replace(".", "/") + ".py")
-        if module in found or not module.startswith(FOLLOWED) or not path.is_file():
-            continue
-        found[module] = path
-        todo += [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in found.values()))
+    modules = (*ALWAYS, *(f"refimpl.quantization.{name}" for name in SYSTEMS[system].modules))
+    return tuple(imported(modules, ROOT, FOLLOWED))
 
 
 @cache  # of the files as they were when this process imported them

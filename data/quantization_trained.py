@@ -20,7 +20,6 @@ new hashes.
 """
 
 import argparse
-import ast
 import copy
 import hashlib
 import inspect
@@ -81,7 +80,7 @@ from refimpl.quantization.study import (
     new_facts,
 )
 from refimpl.quantization.texts import evaluation_ids
-from refimpl.results import sha256, store
+from refimpl.results import imported, sha256, store
 from refimpl.training import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -644,16 +643,8 @@ def cell(key: Cell, quick: bool, device: str) -> dict[str, Any]:
 @cache
 def sources_of(system: str) -> tuple[str, ...]:
     """Files that decide the numbers of a system's cells: its modules, and what they import, followed."""
-    todo = [*ALWAYS, *(f"refimpl.quantization.{name}" for name in SYSTEMS[system].modules)]
-    found: dict[str, Path] = {}
-    while todo:
-        module = todo.pop()
-        path = ROOT / (module.replace(".", "/") + ".py")
-        if module in found or not module.startswith(FOLLOWED) or not path.is_file():
-            continue
-        found[module] = path
-        todo += [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in found.values()))
+    modules = (*ALWAYS, *(f"refimpl.quantization.{name}" for name in SYSTEMS[system].modules))
+    return tuple(imported(modules, ROOT, FOLLOWED))
 
 
 @cache  # of the files as they were when this process imported them

@@ -5,6 +5,7 @@ the repository -> SHA-256) and `summary`, and beside them whatever was measured.
 these files and marks one as stale when a source of it has changed.
 """
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -85,6 +86,27 @@ def changed_sources(result: dict[str, Any], root: str | Path) -> list[str]:
         name for name, digest in result["sources"].items()
         if not (Path(root) / name).is_file() or sha256(Path(root) / name) != digest
     ]  # fmt: skip
+
+
+def imported(modules: Iterable[str], root: str | Path, followed: tuple[str, ...]) -> list[str]:
+    """Return the files of modules and of what they import, and so on: what a number depends on.
+
+    Parameters: `modules`, dotted names; `root` of the checkout; `followed`, what names of modules begin with
+    whose imports are followed. Names without a file (packages) are left out.
+
+    >>> root = Path(__file__).resolve().parents[1]
+    >>> imported(["refimpl.results"], root, ("refimpl.",))
+    ['refimpl/paths.py', 'refimpl/results.py']
+    """
+    todo, found = list(modules), {}
+    while todo:
+        module = todo.pop()
+        path = Path(root) / (module.replace(".", "/") + ".py")
+        if module in found or not module.startswith(followed) or not path.is_file():
+            continue
+        found[module] = path.relative_to(root).as_posix()
+        todo += [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+    return sorted(found.values())
 
 
 def cpu() -> str:

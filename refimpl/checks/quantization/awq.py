@@ -35,10 +35,10 @@ def check_awq(awq: Callable) -> None:
                     found, here = block.get_submodule(name).weight, f"{where}: {name}"
                     require(found.shape == W.shape, f"{here} has shape {list(found.shape)}")
                     if not clip or name in (Q, K):
-                        # A scale that falls between two numbers of 16 bits may be either.
-                        most = float(((found - _round(W)).abs() < 1e-5).float().mean())
-                        require_close(found, _round(W), 1e-5 if most < 0.99 else 1e-3 * float(W.abs().max()),
-                                      f"{here}, the rounded scaled weights")  # fmt: skip
+                        # A group's scale that falls between two numbers of 16 bits may be either of them.
+                        one_scale = ((found - _round(W)).abs() < 1e-5).float().mean() >= 0.99
+                        close = 1e-3 * float(W.abs().max()) if one_scale else 1e-5
+                        require_close(found, _round(W), close, f"{here}, the rounded scaled weights")
                         continue
                     cost, least = _cost(W, found, inputs[name]), _least_cost(W, inputs[name])
                     close = (cost - least).abs() <= 1e-4 * least + 1e-9

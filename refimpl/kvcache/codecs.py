@@ -5,8 +5,10 @@ from __future__ import annotations
 from copy import copy
 
 import torch
+import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
+from refimpl.kvcache.places import Places
 from refimpl.kvcache.slots import Padding, Selection
 
 __all__ = ["Codec", "Dense", "DenseTail"]
@@ -102,6 +104,15 @@ class Dense(Codec):
             return self.k, self.v
         return tuple(t.take_along_dim(index[..., None], 2) for t in (self.k, self.v))
 
+    def widen(self) -> None:
+        """Make room for one more entry in each head."""
+        self.k, self.v = F.pad(self.k, (0, 0, 0, 1)), F.pad(self.v, (0, 0, 0, 1))
+
+    def put(self, places: Places, k: Tensor, v: Tensor) -> None:
+        """Write new entries [B, G, 1, D] where a slot is free."""
+        places.put(self.k, k)
+        places.put(self.v, v)
+
     def append_beside(self, k: Tensor, v: Tensor) -> None:
         """Add new entries [B, G, T, D] to flat ones, which stay where they are."""
         pair = self.beside or (None, None)
@@ -115,9 +126,9 @@ class Dense(Codec):
         self.beside = None
 
     def laid_out(self, padding: Padding) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, S + t, D], of flat entries and the t of each head beside them."""
-        laid = padding.apply(self.k), padding.apply(self.v)
-        return laid if self.beside is None else tuple(map(_behind, laid, self.beside))
+        """Keys and values [B, G, S, D], of flat entries and those beside them, for which there is room."""
+        k, v = self.beside or (None, None)
+        return padding.apply(self.k, k), padding.apply(self.v, v)
 
     def rewrite(self, k: Tensor, v: Tensor) -> None:
         if k.shape != self.k.shape or v.shape != self.v.shape:
@@ -135,8 +146,8 @@ class Dense(Codec):
         return {"payload": named, "meta": {}}
 
     def nbytes(self) -> dict[str, int]:
-        held = (self.k, self.v, *(self.beside or ()))
-        return {"payload": sum(t.nbytes for t in held if t is not None), "meta": 0}
+        held = 0 if self.k is None else self.k.nbytes + self.v.nbytes
+        return {"payload": held + sum(t.nbytes for t in self.beside or ()), "meta": 0}
 
 
 class DenseTail(Codec):

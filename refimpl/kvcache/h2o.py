@@ -7,7 +7,7 @@ from torch import LongTensor, Tensor
 
 from refimpl.kvcache.importance import norm_slot, note_norms
 from refimpl.kvcache.policies import KVPolicy, _size
-from refimpl.kvcache.slots import all_but, best
+from refimpl.kvcache.slots import best
 from refimpl.kvcache.view import View
 
 __all__ = ["H2O"]
@@ -52,6 +52,7 @@ class H2O(KVPolicy):
         self.sink = _size("sink", sink, 0)
         self.slots = H2O.slots | norm_slot(p)
         self.p, self.budget = p, self.sink + self.heavy + self.recent
+        self.steady = self.budget
         if not self.heavy + self.recent:
             raise ValueError("heavy, recent: 0 and 0; allowed: together at least 1, or nothing new can stay")
 
@@ -65,12 +66,15 @@ class H2O(KVPolicy):
         acc = v.slot["acc"]
         return acc if self.p is None else acc * v.slot["norm"]
 
+    def drop(self, v: View) -> LongTensor:
+        pinned = v.pos >= v.seen - self.recent
+        if self.sink:
+            pinned = pinned | (v.pos < self.sink)
+        return self.score(v).masked_fill(pinned, torch.inf).argmin(-1)
+
     def keep(self, v: View) -> LongTensor | None:
         if v.S <= self.budget:
             return None
-        if v.full and v.S == self.budget + 1:  # a decoding step: one goes
-            free = self.score(v)[..., self.sink : v.S - self.recent]
-            return all_but(free.argmin(-1, keepdim=True) + self.sink, v.S)
         pinned = v.rank >= v.count - self.recent
         if self.sink:
             pinned = pinned | (v.rank < self.sink)

@@ -94,7 +94,7 @@ def norm_slot(p: int | None) -> dict[str, torch.dtype]:
 
 def note_norms(v: View, p: int) -> None:
     """Write the norms of the values that just arrived into the state `norm_slot` (in `observe`)."""
-    v.slot["norm"][..., -v.T :] = value_norm(v.attention.v[:, :, -v.T :], p)
+    v.write("norm", value_norm(v.new_v, p))
 
 
 def check_norm(p: object) -> None:

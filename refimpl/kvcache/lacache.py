@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 
 from refimpl.kvcache.policies import KVPolicy, _size
 from refimpl.kvcache.view import View
@@ -69,6 +69,7 @@ class LaCache(KVPolicy):
         self.budget = _size("budget", budget, sink + n_layers + self.kept)
         self.limit = budget + self.dropped // 2
         self.blocks = (self.limit - sink - n_layers) // self.kept  # of one round
+        self.steady = self.limit if self.dropped == 1 else None  # every new token thins a block
 
     def offset(self, layer: int) -> int:
         """Place in each block from which on a layer keeps."""
@@ -97,6 +98,16 @@ class LaCache(KVPolicy):
             rank = (kept.cumsum(-1) - 1).masked_fill(~kept, -1)
         return kept
 
+    def drop(self, v: View) -> LongTensor:
+        start, first = self._thin(v, v.seen - 1 - self.limit)
+        gone = start + self.kept if first == start else start  # a block is one longer than what it keeps
+        return (v.rank == gone).long().argmax(-1)
+
+    def _thin(self, v: View, done: int) -> tuple[int, int]:
+        """Where the next block begins after `done` blocks, and from where on it is kept."""
+        start = self.sink + self.kept * (done % self.blocks)
+        return start, start + self.offset(v.layer)
+
     def _step(self, v: View) -> list[slice] | None:
         """The same for one more token: at most one block is thinned, and the host knows which."""
         done, due = (
@@ -104,8 +115,7 @@ class LaCache(KVPolicy):
         )
         if done == due:
             return None
-        start = self.sink + self.kept * (done % self.blocks)
-        first = start + self.offset(v.layer)
+        start, first = self._thin(v, done)
         parts = [(0, start), (first, first + self.kept), (start + self.block, v.S)]
         if first == start:
             parts[:2] = [(0, first + self.kept)]

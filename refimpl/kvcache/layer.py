@@ -10,6 +10,7 @@ from torch import LongTensor, Tensor
 
 from refimpl.kvcache.attention import Attention
 from refimpl.kvcache.codecs import Codec, Dense
+from refimpl.kvcache.places import Places
 from refimpl.kvcache.policies import KVPolicy
 from refimpl.kvcache.readers import ReadAll, Reader
 from refimpl.kvcache.rope import Rope
@@ -55,7 +56,7 @@ class KVLayer:
         self._pos: Tensor | None = None
         self._known = 0  # tokens seen when _pos was last written
         self.counts: LongTensor | None = None
-        self.states: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
         self.notes: dict[str, Tensor] = {}
         self.padded = False  # whether a mask has hidden a token
         self.x: Tensor | None = None  # the layer's input, from a hook
@@ -72,12 +73,17 @@ class KVLayer:
         # and mostly nothing is left to do but to append keys and values.
         self.plain = not (self.asks or rope or self.partly or self.hides or policy.slots)
         self.beside = 0  # tokens that wait beside flat entries
+        self.places: Places | None = None
+        self.swaps = "drop" in vars(type(policy)) and isinstance(codec, Dense) and not (
+            self.partly or self.merges or self.hides
+        )  # fmt: skip
 
     @property
     def pos(self) -> Tensor | None:
         # Most steps of decoding have no use for positions: they are written when somebody looks.
         if self.beside:
             self._settle(self._unpack())
+        self._tidy()
         if self._known < self.seen:
             T, device = self.seen - self._known, self.device
             if self._pos is None or T > 1:
@@ -93,6 +99,11 @@ class KVLayer:
     def pos(self, pos: Tensor) -> None:
         self._pos, self._known = pos, self.seen
 
+    @property
+    def states(self) -> dict[str, Tensor]:
+        self._tidy()
+        return self._states
+
     # --- one forward ----------------------------------------------------------------------------------------
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None,
@@ -104,9 +115,10 @@ class KVLayer:
         after a padded prompt, and for padding or a sliding window that the reader cannot serve.
         """
         self._check(k, mask, window)
-        if self.plain and self.seen and q.shape[2] == 1 and not (
+        one = self.seen and q.shape[2] == 1 and not (
             self.padded or self.stage.chunking or mask is not None or window
-        ):  # fmt: skip
+        )  # fmt: skip
+        if one and self.plain:
             return self._step(q, k, v, scale) if self.counts is None else self._step_ragged(q, k, v, scale)
         if self.rope is not None:
             if position_ids is None:
@@ -116,6 +128,8 @@ class KVLayer:
             else:
                 q = self.rope.to_index(q, position_ids, self.seen)
                 k = self.rope.to_index(k, position_ids, self.seen)
+        if one and self.swaps and (self.places or self._make_room()):
+            return self._swap(q, k, v, scale)
         prefill = self.seen == 0 or self.stage.chunking
         if "ids" in self.policy.needs:
             self.ids.append(self.stage.ids)
@@ -172,12 +186,81 @@ class KVLayer:
         self.codec.append_beside(k, v)
         self.seen, self.beside = self.seen + 1, self.beside + 1
         self._read_whole = self.codec.nbytes(), None, B * G
-        padding = Padding(self.counts)
+        padding = Padding(self.counts, self.beside)
         k, v = self.codec.laid_out(padding)
-        ok = F.pad(padding.ok, (0, self.beside), value=True)
-        out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, ok[:, :, None], scale=scale)
+        mask = padding.ok[:, :, None]
+        out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, mask, scale=scale)
         self.x = None
         return out.view(q.shape)
+
+    def _swap(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Put one token where another has left, attend, and let the policy say who leaves next."""
+        B, G, S = self.shape
+        places = self.places
+        self.codec.put(places, k, v)
+        self.seen += 1
+        self._read_whole = self.codec.nbytes(), None, 0
+        q = q.view(B, G, -1, *q.shape[2:])
+        k, v = self.codec.read()
+        if self.stretches is not None:
+            k = self._turned_on(k)
+        elif self.rope is not None:
+            q, k = self.rope.turn_one(q.flatten(1, 2), S).view(q.shape), self.rope.turn_ranks(k, places.rank)
+        attention = Attention(q, k, v, scale, self._pos, None)
+        weights = None
+        if self.scores:
+            weights = attention.weights()
+            out = attention._mix(weights)
+        else:
+            out = attention.output()
+        ids = self.stage.ids if "ids" in self.policy.needs else None
+        view = View(
+            attention, read=self.codec.read, pos=self._pos, shape=(B, G, S + 1), layer=self.index,
+            n_layers=self.n_layers, prefill=False, seen=self.seen, slot=self._states, x=self.x,
+            notes=self.notes, ids=ids, weights=weights, places=places,
+        )  # fmt: skip
+        self.policy.observe(view)
+        dropped = self.policy.drop(view)
+        places.free(dropped)
+        for state in self._states.values():
+            places.put(state, 0)
+        if self._pos.shape[:2] != dropped.shape:
+            self._pos = self._pos.expand(B, G, -1).contiguous()
+        self._pos.scatter_(-1, dropped[..., None].expand(*self._pos.shape[:2], 1), self.seen)
+        if self.stretches is not None:
+            self.stretches.slide()
+        self.x = None
+        if self.index == self.n_layers - 1:
+            self.stage.ids = None
+        return out.flatten(1, 2)
+
+    def _make_room(self) -> Places | None:
+        """Start to swap, if a token leaves for each that comes: one more slot in each head for the next."""
+        if self.counts is not None or not self.shape[2] == self.policy.steady < self.seen:
+            return None
+        if self.stretches is not None and not self.stretches.slides(self.seen):
+            return None
+        pos = self.pos if self.pos.ndim == 3 else self.pos[None, None]
+        ranked = self.rope is not None and self.stretches is None
+        self.places = Places(self.shape, pos.device, ranked=ranked)
+        self.codec.widen()
+        self._states = {name: _wider(state) for name, state in self._states.items()}
+        self._pos = F.pad(pos, (0, 1), value=self.seen)
+        return self.places
+
+    def _tidy(self) -> None:
+        """Stop swapping: slots in order of arrival again, and none that is free."""
+        if self.places is None:
+            return
+        self.places, pos = None, self._pos
+        B, G, S = self.shape
+        order = pos.argsort(-1)[..., :S]  # the free slot is the newest
+        if pos.shape[:2] == (1, 1):
+            pos, order = pos[0, 0], order[0, 0]
+        selection = Selection(order, (B, G, S + 1))
+        self.codec.keep(selection)
+        self._states = {name: selection.apply(state) for name, state in self._states.items()}
+        self.pos = selection.apply(pos)
 
     def finish_prefill(self) -> None:
         """Evict at the end of a chunked prefill, as after one forward over the whole prompt."""
@@ -210,18 +293,22 @@ class KVLayer:
 
     def _append(self, k: Tensor, v: Tensor) -> Tensor | None:
         """Store; return which slots are filled [B, G, S] if heads are ragged, else None."""
-        ok = self._unpack()
         B, G, T, _ = k.shape
+        if self.counts is not None and isinstance(self.codec, Dense):
+            self.codec.append_beside(k, v)
+            self.seen, self.beside = self.seen + T, self.beside + T
+            return self._unpack()
+        ok = self._unpack()
         self.codec.append(k, v)
         if self.stretches is not None:
             self.stretches.append(self.seen, T)
         if self._pos is None:
             for name, kind in self.policy.slots.items():
                 dtype, *width = kind if isinstance(kind, tuple) else (kind,)
-                self.states[name] = torch.zeros(B, G, T, *width, dtype=dtype, device=k.device)
+                self._states[name] = torch.zeros(B, G, T, *width, dtype=dtype, device=k.device)
         else:
-            for name, state in self.states.items():
-                self.states[name] = torch.cat((state, state.new_zeros(B, G, T, *state.shape[3:])), 2)
+            for name, state in self._states.items():
+                self._states[name] = torch.cat((state, state.new_zeros(B, G, T, *state.shape[3:])), 2)
         self.seen += T
         self.device = k.device
         self.batch, self.shape = B, (B, G, self.pos.shape[-1])
@@ -264,16 +351,20 @@ class KVLayer:
         T, S = q.shape[3], self.shape[2]
         if ok is None and self.counts is None and self.stretches.known:
             number = torch.arange(S, device=q.device)
-            parts = list(self.stretches)
-            if len(parts) > 1:  # the new tokens are in the last, which stays as it is
-                here = parts[-1][0]
-                k = torch.cat([self.rope.shift(k[:, :, slots], here - gap) for gap, slots in parts], 2)
-            return Attention(q, k, v, scale, number, number[-T:], window=window)
+            return Attention(q, self._turned_on(k), v, scale, number, number[-T:], window=window)
         number = torch.arange(S, device=q.device) if ok is None else (ok.cumsum(-1) - 1).clamp(min=0)
         steps = (number - self.pos).expand(self.shape)
         own = steps[..., -T:].repeat_interleave(q.shape[2], 1)
         k, q = self.rope.shift(k, steps), self.rope.shift(q.flatten(1, 2), own).view(q.shape)
         return Attention(q, k, v, scale, number, number[..., -T:], ok, window)
+
+    def _turned_on(self, k: Tensor) -> Tensor:
+        """Keys turned to their index in the text, those of earlier stretches on to where they are read."""
+        *earlier, (here, last) = self.stretches
+        if not earlier:
+            return k
+        parts = [self.rope.shift(k[:, :, slots], here - gap) for gap, slots in earlier]
+        return torch.cat((*parts, k[:, :, last.start :]), 2)
 
     def _view(
         self, attention: Attention, ok: Tensor | None, prefill: bool, x: Tensor | None,
@@ -281,7 +372,7 @@ class KVLayer:
     ) -> View:  # fmt: skip
         return View(
             attention, read=self.codec.read, pos=self.pos, shape=self.shape, layer=self.index,
-            n_layers=self.n_layers, prefill=prefill, seen=self.seen, ok=ok, slot=self.states, x=x,
+            n_layers=self.n_layers, prefill=prefill, seen=self.seen, ok=ok, slot=self._states, x=x,
             notes=self.notes, ids=torch.cat(self.ids, 1) if self.ids else None,
             weights=weights, sums=sums,
         )  # fmt: skip
@@ -358,7 +449,7 @@ class KVLayer:
         if self.stretches is not None:
             self.stretches.keep(selection)
         self.codec.keep(selection)
-        self.states = {name: selection.apply(state) for name, state in self.states.items()}
+        self._states = {name: selection.apply(state) for name, state in self._states.items()}
         if selection.shared and self.pos.ndim == 1:
             self.pos = selection.apply(self.pos)
         else:
@@ -368,15 +459,16 @@ class KVLayer:
             self.shape = (*self.shape[:2], selection.counts)
 
     def _unpack(self) -> Tensor | None:
+        self._tidy()
         if self.counts is None:
             return None
-        padding = Padding(self.counts)
+        padding = Padding(self.counts, self.beside)
         self.codec.pad(padding)
-        self._pos = padding.apply(self._pos)  # of those beside, positions are written when somebody looks
-        self.states = {name: padding.apply(state) for name, state in self.states.items()}
-        ok = F.pad(padding.ok, (0, self.beside), value=True) if self.beside else padding.ok
-        self.beside, self.shape = 0, tuple(ok.shape)
-        return ok
+        new = torch.arange(self.seen - self.beside, self.seen, dtype=torch.int32, device=self._pos.device)
+        self.pos = padding.apply(self._pos, new)
+        self._states = {name: padding.apply(state, 0) for name, state in self._states.items()}
+        self.beside, self.shape = 0, tuple(padding.ok.shape)
+        return padding.ok
 
     # --- outside a forward ----------------------------------------------------------------------------------
     def held(self) -> LongTensor:
@@ -388,7 +480,7 @@ class KVLayer:
         ok = self._unpack()
         self.codec.take_rows(rows)
         self.reader.take_rows(rows)
-        self.states = {name: state.index_select(0, rows) for name, state in self.states.items()}
+        self._states = {name: state.index_select(0, rows) for name, state in self._states.items()}
         self.notes.update({name: note.index_select(0, rows) for name, note in self.notes.items()})
         if self.pos.ndim == 3:
             self.pos = self.pos.index_select(0, rows)
@@ -409,8 +501,12 @@ class KVLayer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything held, by tier ("payload", "meta", "state") and name."""
-        named = self.codec.tensors()
         own = {"pos": self.pos, "counts": self.counts}
+        named = self.codec.tensors()
         named["meta"] = named["meta"] | {name: t for name, t in own.items() if t is not None}
         named["meta"] |= self.reader.tensors()
         return named | {"state": self.states | self.notes}
+
+
+def _wider(state: Tensor) -> Tensor:
+    return torch.cat((state, state.new_zeros(*state.shape[:2], 1, *state.shape[3:])), 2)

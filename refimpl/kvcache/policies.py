@@ -35,6 +35,9 @@ class KVPolicy:
       computed for it then.
     - stretches: `keep` returns slices, of few stretches of the text. With compact positions only the keys
       of stretches before the last are then turned at every step.
+
+    A policy that drops one token for every new one may also have an attribute `steady` and a method `drop`:
+    see there. Both count only in the class that defines `drop` itself, not in its subclasses.
     """
 
     positions: ClassVar[str] = "original"
@@ -44,6 +47,7 @@ class KVPolicy:
     needs: ClassVar[frozenset[str] | set[str]] = frozenset()
     plan_every: int | None = None
     n_layers: int | None = None
+    steady: int | None = None
 
     def hide(self, v: View) -> Tensor | None:
         """Before the attention: return True where a query must not see a slot, [B, 1|G, T, S]; None: nowhere.
@@ -58,6 +62,16 @@ class KVPolicy:
     def keep(self, v: View) -> Tensor | LongTensor | list[slice] | None:
         """Return what stays: a mask [S] or [B, G, S], indices [n] or [B, G, n], or slices; None: all."""
         return None
+
+    def drop(self, v: View) -> LongTensor:
+        """Return the one slot that leaves where `steady` + 1 are filled, [B, G] or, one for all, [1, 1].
+
+        Asked instead of `keep` when one token is generated and `steady` slots are held: the next token is
+        then written to the slot that is named here, and nothing else moves. So here, and in the `observe`
+        before it, slots are in no order: `v.pos` tells how old they are, `v.write` finds the new one. With
+        `stretches`, the slot is one of the last stretch.
+        """
+        raise NotImplementedError
 
     def merge(self, v: View, keep: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return new keys and values [B, G, S, D], of which those in keep [B, G, S] stay; None: unchanged."""
@@ -88,7 +102,10 @@ class Window(KVPolicy):
     """
 
     def __init__(self, recent: int) -> None:
-        self.recent = _size("recent", recent, 1)
+        self.recent = self.steady = _size("recent", recent, 1)
+
+    def drop(self, v: View) -> LongTensor:
+        return v.oldest()
 
     def keep(self, v: View) -> Tensor | list[slice] | None:
         if v.S <= self.recent:
@@ -115,6 +132,10 @@ class StreamingLLM(KVPolicy):
 
     def __init__(self, recent: int, sink: int = 4) -> None:
         self.recent, self.sink = _size("recent", recent, 1), _size("sink", sink, 0)
+        self.steady = self.sink + self.recent
+
+    def drop(self, v: View) -> LongTensor:
+        return v.oldest(self.sink)
 
     def keep(self, v: View) -> Tensor | list[slice] | None:
         if v.S <= self.sink + self.recent:
@@ -140,14 +161,17 @@ class Random(KVPolicy):
     slots = {"priority": torch.float32}
 
     def __init__(self, budget: int, generator: torch.Generator) -> None:
-        self.budget = _size("budget", budget, 1)
+        self.budget = self.steady = _size("budget", budget, 1)
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
         self.generator = generator
 
     def observe(self, v: View) -> None:
         B, G, _ = v.shape
-        v.slot["priority"][..., -v.T :] = torch.rand(B, G, v.T, generator=self.generator).to(v.device)
+        v.write("priority", torch.rand(B, G, v.T, generator=self.generator).to(v.device))
+
+    def drop(self, v: View) -> LongTensor:
+        return v.slot["priority"].masked_fill(v.pos == v.seen - 1, 2).argmin(-1)  # the newest stays
 
     def keep(self, v: View) -> LongTensor | None:
         if v.S <= self.budget:

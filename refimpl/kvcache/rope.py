@@ -14,12 +14,17 @@ read it at its number:
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import LongTensor, Tensor
 
 from refimpl.backbone import Backbone
 
 __all__ = ["Rope"]
+
+# cos [..., D], both halves, and sin [..., D/2]; or a matrix [D, D] that turns by one angle for each pair
+Rotation: TypeAlias = "tuple[Tensor, Tensor] | Tensor"
 
 
 class Rope:
@@ -51,29 +56,45 @@ class Rope:
         self.scale: float = bb.model.model.rotary_emb.attention_scaling
         self.table: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0, 1, 2, ...
         # The layers of a model ask one after another for the same angles.
-        self.model_angles: tuple[LongTensor, Tensor, Tensor] | None = None
-        self.from_model: tuple[LongTensor, int, Tensor, Tensor] | None = None
-        self.shifts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.model_angles: tuple[LongTensor, Rotation] | None = None
+        self.one_place: tuple[int, Rotation] | None = None
+        self.from_model: tuple[LongTensor, int, Rotation] | None = None
+        self.shifts: dict[int, Rotation] = {}
 
     # --- keys stored without rotation -----------------------------------------------------------------------
     def back(self, t: Tensor, pos: LongTensor) -> Tensor:
         """Undo the model's rotation of t [B, N, T, D] to pos [1|B, T]."""
         if self.model_angles is None or self.model_angles[0] is not pos:
-            self.model_angles = pos, *_cos_sin(-self._angle(pos[:, None]), 1 / self.scale)
-        return _turn(t, *self.model_angles[1:])
+            self.model_angles = pos, _rotation(-self._angle(pos[:, None]), 1 / self.scale)
+        return _turn(t, self.model_angles[1])
 
     def turn(self, t: Tensor, pos: LongTensor) -> Tensor:
         """Rotate t [B, N, T, D] to pos [T] or [B, 1|N, T]."""
-        return _turn(t, *_cos_sin(self._angle(pos if pos.ndim != 2 else pos[:, None]), self.scale))
+        return _turn(t, _rotation(self._angle(pos if pos.ndim != 2 else pos[:, None]), self.scale))
+
+    def turn_one(self, t: Tensor, place: int) -> Tensor:
+        """Rotate all of t [B, N, T, D] to the same position."""
+        if self.one_place is None or self.one_place[0] != place:
+            at = torch.tensor([place], device=t.device)
+            self.one_place = place, _rotation(self._angle(at), self.scale)
+        return _turn(t, self.one_place[1])
+
+    def turn_ranks(self, t: Tensor, rank: LongTensor) -> Tensor:
+        """Rotate t [B, N, T, D] to `rank` [1|B, 1|N, T], a permutation of 0..T-1 for each head."""
+        table = self._table(rank.shape[-1], t.device)
+        return _turn(t, tuple(part.index_select(0, rank.flatten()).view(*rank.shape, -1) for part in table))
 
     def turn_first(self, t: Tensor, start: int = 0) -> Tensor:
         """Rotate t [B, N, T, D] to start, start + 1, ..., from a table that is computed once."""
         stop = start + t.shape[2]
-        if self.table is None or len(self.table[0]) < stop or self.table[0].device != t.device:
+        return _turn(t, tuple(part[start:stop] for part in self._table(stop, t.device)))
+
+    def _table(self, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.table is None or len(self.table[0]) < stop or self.table[0].device != device:
             # Half as much again: a growing cache asks for one more position at every step.
-            first = torch.arange(stop + stop // 2 + 64, device=t.device)
+            first = torch.arange(stop + stop // 2 + 64, device=device)
             self.table = _cos_sin(self._angle(first), self.scale)
-        return _turn(t, *(table[start:stop] for table in self.table))
+        return self.table
 
     def _angle(self, pos: LongTensor) -> Tensor:
         return pos[..., None].float() * self.inv_freq.float().to(pos.device)  # as the model computes it
@@ -89,24 +110,33 @@ class Rope:
         if known is None or known[0] is not pos or known[1] != start:
             index = torch.arange(start, start + pos.shape[-1], device=pos.device)
             angle = index[:, None] * self._frequencies(pos) - self._angle(pos[:, None])
-            self.from_model = known = pos, start, *_cos_sin(angle)
-        return _turn(t, *known[2:])
+            self.from_model = known = pos, start, _rotation(angle)
+        return _turn(t, known[2])
 
     def shift(self, t: Tensor, steps: int | LongTensor) -> Tensor:
         """Turn t [B, N, T, D] on by `steps` positions, one number or [B, N, T]."""
         if isinstance(steps, Tensor):
-            return _turn(t, *_cos_sin(steps[..., None] * self._frequencies(steps)))
+            return _turn(t, _rotation(steps[..., None] * self._frequencies(steps)))
         if steps == 0:
             return t
         if steps not in self.shifts:
             if len(self.shifts) > 64:  # those of earlier steps
                 self.shifts.clear()
-            self.shifts[steps] = _cos_sin(steps * self._frequencies(t))
-        return _turn(t, *self.shifts[steps])
+            self.shifts[steps] = _rotation(steps * self._frequencies(t))
+        return _turn(t, self.shifts[steps])
 
     def _frequencies(self, like: Tensor) -> Tensor:
         # Far positions need float64: 2 · 10^5 radian in float32 are known to 0.008 only.
         return self.inv_freq.to(like.device, torch.float32).double()
+
+
+def _rotation(angle: Tensor, scale: float = 1.0) -> Rotation:
+    """Rotation by angles [..., D/2]: cos and sin or, by the same for all, a matrix: one product is faster."""
+    cos, sin = _cos_sin(angle, scale)
+    if angle.numel() > angle.shape[-1]:
+        return cos, sin
+    cos, sin = (part.flatten()[: angle.shape[-1]].diag() for part in (cos, sin))
+    return torch.cat((torch.cat((cos, sin), 1), torch.cat((-sin, cos), 1)))
 
 
 def _cos_sin(angle: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -115,9 +145,12 @@ def _cos_sin(angle: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), -1), sin
 
 
-def _turn(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(t: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs (j, j + D/2) of t [..., D]."""
     half, wide = t.shape[-1] // 2, t.float()
+    if isinstance(rotation, Tensor):
+        return (wide @ rotation).to(t.dtype)
+    cos, sin = rotation
     out = wide * cos
     out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
     out[..., half:].addcmul_(wide[..., :half], sin)

@@ -106,24 +106,31 @@ class Selection:
 class Padding:
     """How flat tensors [N, ...] are laid out as [B, G, S, ...] while attention runs: right-aligned.
 
-    Parameters: counts [B, G], the slots that each head holds.
-    Attributes: index [B, G, S] into the flat tensor; ok [B, G, S], True where a slot is real.
+    Parameters: counts [B, G], the slots that each head holds; room, slots to add behind them.
+    Attributes: index [B, G, S] into the flat tensor; ok [B, G, S], True where a slot is real or room.
 
-    >>> pad = Padding(torch.tensor([[2, 1]]))
-    >>> pad.apply(torch.tensor([5., 6., 7.])).tolist(), pad.ok.tolist()
-    ([[[5.0, 6.0], [7.0, 7.0]]], [[[True, True], [False, True]]])
+    >>> pad = Padding(torch.tensor([[2, 1]]), room=1)
+    >>> pad.apply(torch.tensor([5., 6., 7.]), 9).tolist()
+    [[[5.0, 6.0, 9.0], [7.0, 7.0, 9.0]]]
+    >>> pad.ok.tolist()
+    [[[True, True, True], [False, True, True]]]
     """
 
-    def __init__(self, counts: LongTensor) -> None:
-        ends = counts.flatten().cumsum(0).view_as(counts)[..., None]
-        back = torch.arange(int(counts.max()), 0, -1, device=counts.device)  # distance from a head's end
-        self.ok = back <= counts[..., None]
+    def __init__(self, counts: LongTensor, room: int = 0) -> None:
+        self.room = room
+        ends, counts = counts.flatten().cumsum(0).view(*counts.shape, 1), counts[..., None]
+        # Distance from a head's end; where there is room nothing is read, so any index will do.
+        back = torch.arange(int(counts.max()), -room, -1, device=counts.device)
+        self.ok = back <= counts
         # A padded slot repeats the head's first entry: its content is finite, and `ok` hides it.
-        self.index = (ends - back.minimum(counts[..., None].clamp(min=1))).clamp_(min=0)
+        self.index = (ends - back.clamp(min=1).minimum(counts)).clamp_(0, int(ends[-1, -1]) - 1)
 
-    def apply(self, flat: Tensor) -> Tensor:
-        """Lay [N, ...] out as [B, G, S, ...]."""
-        return flat.index_select(0, self.index.flatten()).view(*self.index.shape, *flat.shape[1:])
+    def apply(self, flat: Tensor, new: Tensor | float | None = None) -> Tensor:
+        """Lay [N, ...] out as [B, G, S, ...], with `new` [B, G, room, ...] where there is room."""
+        out = flat.index_select(0, self.index.flatten()).view(*self.index.shape, *flat.shape[1:])
+        if self.room:
+            out[:, :, -self.room :] = new
+        return out
 
 
 class Stretches:
@@ -147,6 +154,15 @@ class Stretches:
         """T new tokens, after `seen` others, behind the last slot."""
         stop = self.parts[-1][2] if self.parts else 0
         self._add(seen - stop, stop, stop + T)
+
+    def slides(self, seen: int) -> bool:
+        """Whether they are a window that ends with the last token seen and, before it, first tokens."""
+        *earlier, (shift, _, stop) = self.parts
+        return self.known and shift + stop == seen and not any(part[0] for part in earlier)
+
+    def slide(self) -> None:
+        """Follow a token that takes the place of one of the last stretch."""
+        self.parts[-1][0] += 1
 
     def keep(self, selection: Selection) -> None:
         """Follow an eviction."""

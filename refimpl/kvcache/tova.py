@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import LongTensor
+from torch import LongTensor, Tensor
 
 from refimpl.kvcache.importance import norm_slot, note_norms
 from refimpl.kvcache.policies import KVPolicy, _size
@@ -41,7 +41,7 @@ class TOVA(KVPolicy):
     needs = frozenset({"attn_lastw"})
 
     def __init__(self, budget: int, *, p: int | None = None, newest: bool = False) -> None:
-        self.budget = _size("budget", budget, 1)
+        self.budget = self.steady = _size("budget", budget, 1)
         self.slots = norm_slot(p)
         if not isinstance(newest, bool):
             raise ValueError(f"newest: {newest!r}; allowed: True, False")
@@ -51,11 +51,22 @@ class TOVA(KVPolicy):
         if self.p is not None:
             note_norms(v, self.p)
 
+    def score(self, v: View) -> Tensor:
+        """Score of every slot for the whole layer, [B, S], >= 0."""
+        weights = v.attn_lastw(1).sum((2, 3), dtype=torch.float32)
+        return (weights if self.p is None else weights * v.slot["norm"]).sum(1)
+
+    def drop(self, v: View) -> LongTensor:
+        score = self.score(v)
+        if self.newest:
+            score = score.masked_fill(v.pos[:, 0] == v.seen - 1, torch.inf)
+        dropped = score.argmin(-1)[:, None]
+        return dropped if len(dropped) == 1 else dropped.expand(-1, v.shape[1])
+
     def keep(self, v: View) -> LongTensor | None:
         if v.S <= self.budget:
             return None
-        weights = v.attn_lastw(1).sum((2, 3), dtype=torch.float32)
-        score = (weights if self.p is None else weights * v.slot["norm"]).sum(1)
+        score = self.score(v)
         if self.newest:
             score[:, -1] = torch.inf
         if not v.full:

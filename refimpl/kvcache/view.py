@@ -9,6 +9,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from refimpl.kvcache.attention import Attention
+from refimpl.kvcache.places import Places
 
 __all__ = ["View"]
 
@@ -17,7 +18,7 @@ class View:
     """A window on one layer after one forward (or after all chunks of a prefill), for policies.
 
     Shapes: B rows, G KV heads, R = H/G query heads that share one, T new tokens, S slots (the new ones last,
-    in order of arrival), D head dim, d model width.
+    in order of arrival; in no order when a policy is asked to `drop` one), D head dim, d model width.
 
     Attributes
     - shape: (B, G, S); layer, n_layers: index of the layer, number of layers.
@@ -41,14 +42,14 @@ class View:
         shape: tuple[int, int, int], layer: int, n_layers: int, prefill: bool, seen: int,
         ok: Tensor | None = None, slot: dict[str, Tensor] | None = None, x: Tensor | None = None,
         weights: Tensor | None = None, sums: Tensor | None = None, notes: dict[str, Tensor] | None = None,
-        ids: LongTensor | None = None,
+        ids: LongTensor | None = None, places: Places | None = None,
     ) -> None:  # fmt: skip
         self.attention, self.layer, self.n_layers = attention, layer, n_layers
         self.prefill, self.seen, self.x, self.ids = prefill, seen, x, ids
         self.shape, self.slot = shape, slot or {}
         self.notes = {} if notes is None else notes
         self._read, self._pos, self._ok = read, pos, ok
-        self._weights, self._sums = weights, sums
+        self._weights, self._sums, self._places = weights, sums, places
         self.device = attention.q.device
 
     @property
@@ -95,7 +96,10 @@ class View:
 
     @cached_property
     def rank(self) -> LongTensor:
-        """Number of each slot among the filled ones: [S] if all are filled, else [B, G, S] (-1: not)."""
+        """Age of each slot among the filled ones, from 0: [S], or [B, G, S] (-1: not filled)."""
+        if self._places is not None:
+            rank = self._places.rank
+            return self.pos.argsort(-1).argsort(-1) if rank is None else rank
         if self.full:
             return torch.arange(self.S, device=self.device)
         return (self.ok.cumsum(-1) - 1).masked_fill(~self.ok, -1)
@@ -104,6 +108,24 @@ class View:
     def count(self) -> int | LongTensor:
         """Filled slots: S if all are, else [B, G, 1]."""
         return self.S if self.full else self.ok.sum(-1, keepdim=True)
+
+    @property
+    def new_v(self) -> Tensor:
+        """Values [B, G, T, D] of the new tokens."""
+        if self._places is None:
+            return self.attention.v[:, :, -self.T :]
+        return self._places.take(self.attention.v)
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Set the state `name` of the new tokens to values [B, G, T]."""
+        if self._places is None:
+            self.slot[name][..., -self.T :] = values
+        else:
+            self._places.put(self.slot[name], values)
+
+    def oldest(self, after: int = 0) -> LongTensor:
+        """Index of the oldest token behind the first `after` slots, [1, 1] if all heads hold the same."""
+        return self._pos[..., after:].argmin(-1) + after
 
     # --- attention, computed when asked for -----------------------------------------------------------------
     @cached_property

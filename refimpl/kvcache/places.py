@@ -1,0 +1,57 @@
+"""Decoding with one free slot in each head: a new token takes the place of one that has left."""
+
+from __future__ import annotations
+
+import torch
+from torch import LongTensor, Tensor
+
+__all__ = ["Places"]
+
+
+class Places:
+    """Which slot of each head is free, while all hold equally many and one token leaves for each that comes.
+
+    Slots are then in no order: their positions in the text tell how old they are.
+
+    Parameters: shape (B, G, S), slots held by each head; the free one is at first behind them. ranked: whether
+    to follow the slots' rank, their number in order of age, [1, 1, S + 1] or [B, G, S + 1] (a free slot is the
+    newest), else None.
+
+    >>> places = Places((1, 2, 3), ranked=True)
+    >>> state = torch.tensor([[[7., 8., 9., 0.], [7., 8., 9., 0.]]])
+    >>> places.put(state, torch.tensor([[[1.], [2.]]]))  # the fourth token of each head
+    >>> places.free(torch.tensor([[0, 2]]))  # head 0 loses its first, head 1 its third
+    >>> places.put(state, torch.tensor([[[3.], [4.]]])); state.tolist()
+    [[[3.0, 8.0, 9.0, 1.0], [7.0, 8.0, 4.0, 2.0]]]
+    >>> places.rank.tolist()
+    [[[3, 0, 1, 2], [0, 1, 3, 2]]]
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], device: torch.device | None = None, *, ranked: bool = False
+    ) -> None:
+        B, G, S = shape
+        self._last = S
+        self._first = torch.arange(0, B * G * (S + 1), S + 1, device=device).view(B, G)
+        self._rows = (self._first + S).flatten()  # the free slots, in a tensor flattened to [B · G · (S + 1)]
+        self.rank = torch.arange(S + 1, device=device).view(1, 1, -1) if ranked else None
+
+    def free(self, dropped: LongTensor) -> None:
+        """Free the slots `dropped` [B, G] or, the same for all, [1, 1]; those free before have been filled."""
+        self._rows = (self._first + dropped).flatten()
+        if self.rank is not None:
+            dropped = dropped[..., None]
+            rank = self.rank - (self.rank > self.rank.take_along_dim(dropped, -1)).long()
+            self.rank = rank.scatter(-1, dropped.expand(*rank.shape[:2], 1), self._last)
+
+    def put(self, t: Tensor, new: Tensor | float) -> None:
+        """Write the new tokens' [B, G, 1, ...], or one number, to the free slots of t [B, G, S + 1, ...]."""
+        flat = t.flatten(0, 2)
+        if isinstance(new, Tensor):
+            flat.index_copy_(0, self._rows, new.reshape(len(self._rows), *flat.shape[1:]))
+        else:
+            flat.index_fill_(0, self._rows, new)
+
+    def take(self, t: Tensor) -> Tensor:
+        """Return what t [B, G, S + 1, ...] holds at the free slots, [B, G, 1, ...]."""
+        return t.flatten(0, 2).index_select(0, self._rows).view(*t.shape[:2], 1, *t.shape[3:])

@@ -146,7 +146,7 @@ def attention_forward(
     out = layer.attend(
         query, key, value, attention_mask, scaling, kwargs.get("sliding_window"), kwargs.get("position_ids")
     )
-    return out.transpose(1, 2), None
+    return out, None
 
 
 def mask_forward(

@@ -169,7 +169,6 @@ class KVCache:
             )
         if k.ndim != 4 or (k.shape[1], k.shape[3]) != (self._G, self._D):
             raise ValueError(f"keys: shape {list(k.shape)}; allowed: [B, {self._G}, T, {self._D}]")
-        k = k.view(k.shape)  # a tensor object of our own to write the attribute on
         k._kv_layer = self.layers[layer_idx]
         return k, v
 

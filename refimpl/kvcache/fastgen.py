@@ -18,7 +18,7 @@ from refimpl.kvcache.view import View
 __all__ = ["RULES", "FastGen"]
 
 RULES = ("special", "+ punctuation", "+ frequent", "+ local", "full")
-SPECIAL, PUNCTUATION = 1, 2
+SPECIAL, PUNCTUATION = 2, 1
 
 
 class FastGen(KVPolicy):
@@ -69,11 +69,15 @@ class FastGen(KVPolicy):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}: {share}; allowed: 0 to 1, a share of the tokens")
         self.recovery, self.frequent, self.local = recovery, frequent, local
+        last = int(torch.cat((self.special, self.punctuation)).max())
+        self.kinds = torch.zeros(last + 2, dtype=torch.uint8)  # by id; larger ones are as the last: no member
+        self.kinds[self.punctuation] = PUNCTUATION
+        self.kinds[self.special] = SPECIAL
+        self.least = torch.tensor([SPECIAL, PUNCTUATION, PUNCTUATION, PUNCTUATION, 0])  # by rule
 
     def observe(self, v: View) -> None:
-        self.special, self.punctuation = self.special.to(v.device), self.punctuation.to(v.device)
-        kind = torch.isin(v.ids, self.special) * SPECIAL + torch.isin(v.ids, self.punctuation) * PUNCTUATION
-        v.slot["kind"][..., -v.T :] = kind.clamp(max=PUNCTUATION)[:, None].to(torch.uint8)
+        self.kinds = self.kinds.to(v.device)
+        v.slot["kind"][..., -v.T :] = self.kinds[v.ids.clamp(max=len(self.kinds) - 1)][:, None]
         if not v.prefill:
             v.slot["mass"] += v.attn_sum().mean(2)
             return
@@ -88,18 +92,21 @@ class FastGen(KVPolicy):
         v.notes["rule"] = missed.long().cumprod(0).sum(0)[..., None]
 
     def keep(self, v: View) -> Tensor:
-        rule, (special, punctuation, frequent) = v.notes["rule"], self._sets(v)
-        local = v.pos >= v.seen - v.notes["local"]
-        kept = special | (rule >= 1) & punctuation | (rule >= 2) & frequent
-        return kept | (rule >= 3) & local | (rule == 4)
+        rule = v.notes["rule"]
+        by_kind = v.slot["kind"] >= self.least.to(v.device)[rule]
+        local = v.pos >= v.seen - v.notes["local"] * (rule >= 3)
+        return by_kind | self._frequent(v, rule >= 2) | local
 
     def _sets(self, v: View) -> tuple[Tensor, Tensor, Tensor]:
         """What the first three rules keep, each [B, G, S]."""
-        special = v.slot["kind"] == SPECIAL
-        punctuation = v.slot["kind"] > 0
-        number = (self.frequent * (v.seen - v.notes["padding"])).round().long()
-        frequent = first(v.slot["mass"].masked_fill(~v.ok, -1), number)
-        return special, punctuation, punctuation | frequent
+        special, punctuation = v.slot["kind"] == SPECIAL, v.slot["kind"] > 0
+        return special, punctuation, punctuation | self._frequent(v, 1)
+
+    def _frequent(self, v: View, heads: Tensor | int) -> Tensor:
+        """The frequent tokens [B, G, S] of the heads that are True in [B, G, 1]; none of the others."""
+        number = (self.frequent * (v.seen - v.notes["padding"])).round() * heads
+        most = min(v.S, round(self.frequent * v.seen))
+        return first(v.slot["mass"].masked_fill(~v.ok, -1), number, most)
 
 
 def column_sums(v: View, local: LongTensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class H2O(KVPolicy):
         acc = v.slot["acc"]
         return acc if self.p is None else acc * v.slot["norm"]
 
-    def drop(self, v: View) -> LongTensor:
+    def replace(self, v: View) -> LongTensor:
         pinned = v.pos >= v.seen - self.recent
         if self.sink:
             pinned = pinned | (v.pos < self.sink)

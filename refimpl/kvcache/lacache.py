@@ -98,7 +98,7 @@ class LaCache(KVPolicy):
             rank = (kept.cumsum(-1) - 1).masked_fill(~kept, -1)
         return kept
 
-    def drop(self, v: View) -> LongTensor:
+    def replace(self, v: View) -> LongTensor:
         start, first = self._thin(v, v.seen - 1 - self.limit)
         gone = start + self.kept if first == start else start  # a block is one longer than what it keeps
         return (v.rank == gone).long().argmax(-1)

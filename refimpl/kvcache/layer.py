@@ -10,11 +10,11 @@ from torch import LongTensor, Tensor
 
 from refimpl.kvcache.attention import Attention
 from refimpl.kvcache.codecs import Codec, Dense
-from refimpl.kvcache.places import Places
 from refimpl.kvcache.policies import KVPolicy
 from refimpl.kvcache.readers import ReadAll, Reader
 from refimpl.kvcache.rope import Rope
 from refimpl.kvcache.slots import Padding, Selection, Stretches, as_mask
+from refimpl.kvcache.steps import Steps
 from refimpl.kvcache.view import View
 
 __all__ = ["KVLayer", "Stage"]
@@ -30,7 +30,7 @@ class Stage:
     unpadded: list[str] = field(default_factory=list)  # names of readers that serve no padded rows
 
 
-class KVLayer:
+class KVLayer(Steps):
     """Storage of one layer, and the attention over it; made by `KVCache`.
 
     Attributes
@@ -71,10 +71,12 @@ class KVLayer:
         silent = all(getattr(type(policy), name) is getattr(KVPolicy, name) for name in ("observe", "keep"))
         self.asks = not (policy.once or silent and not self.merges)
         # and mostly nothing is left to do but to append keys and values.
-        self.plain = not (self.asks or rope or self.partly or self.hides or policy.slots)
-        self.beside = 0  # tokens that wait beside flat entries
-        self.places: Places | None = None
-        self.swaps = "drop" in vars(type(policy)) and isinstance(codec, Dense) and not (
+        self.plain = not (
+            self.asks or rope or self.partly or self.hides or policy.slots or "ids" in policy.needs
+        )
+        # What the last forward read: None, the reader knows; True, all that is stored now.
+        self._read_whole: tuple[dict[str, int], LongTensor | None, int] | bool | None = None
+        self.swaps = "replace" in vars(type(policy)) and self.asks and isinstance(codec, Dense) and not (
             self.partly or self.merges or self.hides
         )  # fmt: skip
 
@@ -109,17 +111,18 @@ class KVLayer:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None,
         position_ids: LongTensor | None,
     ) -> Tensor:  # fmt: skip
-        """Append new keys and values [B, G, T, D], attend with q [B, H, T, D], evict -> [B, H, T, D].
+        """Append new keys and values [B, G, T, D], attend with q [B, H, T, D], evict -> [B, T, H, D].
 
         Raises ValueError, before anything changes, for another batch size, a mask that does not fit, no mask
         after a padded prompt, and for padding or a sliding window that the reader cannot serve.
         """
-        self._check(k, mask, window)
-        one = self.seen and q.shape[2] == 1 and not (
-            self.padded or self.stage.chunking or mask is not None or window
+        B, _, T, _ = q.shape
+        one = T == 1 and self.seen and B == self.batch and not (
+            mask is not None or self.padded or window or self.stage.chunking
         )  # fmt: skip
         if one and self.plain:
             return self._step(q, k, v, scale) if self.counts is None else self._step_ragged(q, k, v, scale)
+        self._check(k, mask, window)
         if self.rope is not None:
             if position_ids is None:
                 raise ValueError("position_ids: None; compact positions need them from the model")
@@ -128,7 +131,7 @@ class KVLayer:
             else:
                 q = self.rope.to_index(q, position_ids, self.seen)
                 k = self.rope.to_index(k, position_ids, self.seen)
-        if one and self.swaps and (self.places or self._make_room()):
+        if one and self.swaps and not k.requires_grad and (self.places or self._make_room()):
             return self._swap(q, k, v, scale)
         prefill = self.seen == 0 or self.stage.chunking
         if "ids" in self.policy.needs:
@@ -165,102 +168,7 @@ class KVLayer:
         self.x = None
         if self.index == self.n_layers - 1:
             self.stage.ids = None
-        return out.flatten(1, 2)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Append one token and attend, where everything stays and every slot is seen."""
-        self.codec.append(k, v)
-        self.seen += 1
-        B, G, S = self.shape
-        self.shape = B, G, S + 1
-        self._read_whole = self.codec.nbytes(), None, B * G
-        k, v = self.codec.read()
-        out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, scale=scale)
-        self.codec.commit(None)
-        self.x = None
-        return out.view(q.shape)
-
-    def _step_ragged(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The same where heads hold different numbers of slots: nothing is made flat again."""
-        B, G = self.counts.shape
-        self.codec.append_beside(k, v)
-        self.seen, self.beside = self.seen + 1, self.beside + 1
-        self._read_whole = self.codec.nbytes(), None, B * G
-        padding = Padding(self.counts, self.beside)
-        k, v = self.codec.laid_out(padding)
-        mask = padding.ok[:, :, None]
-        out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, mask, scale=scale)
-        self.x = None
-        return out.view(q.shape)
-
-    def _swap(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Put one token where another has left, attend, and let the policy say who leaves next."""
-        B, G, S = self.shape
-        places = self.places
-        self.codec.put(places, k, v)
-        self.seen += 1
-        self._read_whole = self.codec.nbytes(), None, 0
-        q = q.view(B, G, -1, *q.shape[2:])
-        k, v = self.codec.read()
-        if self.stretches is not None:
-            k = self._turned_on(k)
-        elif self.rope is not None:
-            q, k = self.rope.turn_one(q.flatten(1, 2), S).view(q.shape), self.rope.turn_ranks(k, places.rank)
-        attention = Attention(q, k, v, scale, self._pos, None)
-        weights = None
-        if self.scores:
-            weights = attention.weights()
-            out = attention._mix(weights)
-        else:
-            out = attention.output()
-        ids = self.stage.ids if "ids" in self.policy.needs else None
-        view = View(
-            attention, read=self.codec.read, pos=self._pos, shape=(B, G, S + 1), layer=self.index,
-            n_layers=self.n_layers, prefill=False, seen=self.seen, slot=self._states, x=self.x,
-            notes=self.notes, ids=ids, weights=weights, places=places,
-        )  # fmt: skip
-        self.policy.observe(view)
-        dropped = self.policy.drop(view)
-        places.free(dropped)
-        for state in self._states.values():
-            places.put(state, 0)
-        if self._pos.shape[:2] != dropped.shape:
-            self._pos = self._pos.expand(B, G, -1).contiguous()
-        self._pos.scatter_(-1, dropped[..., None].expand(*self._pos.shape[:2], 1), self.seen)
-        if self.stretches is not None:
-            self.stretches.slide()
-        self.x = None
-        if self.index == self.n_layers - 1:
-            self.stage.ids = None
-        return out.flatten(1, 2)
-
-    def _make_room(self) -> Places | None:
-        """Start to swap, if a token leaves for each that comes: one more slot in each head for the next."""
-        if self.counts is not None or not self.shape[2] == self.policy.steady < self.seen:
-            return None
-        if self.stretches is not None and not self.stretches.slides(self.seen):
-            return None
-        pos = self.pos if self.pos.ndim == 3 else self.pos[None, None]
-        ranked = self.rope is not None and self.stretches is None
-        self.places = Places(self.shape, pos.device, ranked=ranked)
-        self.codec.widen()
-        self._states = {name: _wider(state) for name, state in self._states.items()}
-        self._pos = F.pad(pos, (0, 1), value=self.seen)
-        return self.places
-
-    def _tidy(self) -> None:
-        """Stop swapping: slots in order of arrival again, and none that is free."""
-        if self.places is None:
-            return
-        self.places, pos = None, self._pos
-        B, G, S = self.shape
-        order = pos.argsort(-1)[..., :S]  # the free slot is the newest
-        if pos.shape[:2] == (1, 1):
-            pos, order = pos[0, 0], order[0, 0]
-        selection = Selection(order, (B, G, S + 1))
-        self.codec.keep(selection)
-        self._states = {name: selection.apply(state) for name, state in self._states.items()}
-        self.pos = selection.apply(pos)
+        return out.flatten(1, 2).transpose(1, 2)
 
     def finish_prefill(self) -> None:
         """Evict at the end of a chunked prefill, as after one forward over the whole prompt."""
@@ -477,6 +385,7 @@ class KVLayer:
 
     def take_rows(self, rows: LongTensor) -> None:
         """Reorder or repeat the rows of the batch."""
+        self._read_whole = self._read_all() if self._read_whole is not None else None
         ok = self._unpack()
         self.codec.take_rows(rows)
         self.reader.take_rows(rows)
@@ -488,11 +397,15 @@ class KVLayer:
         if ok is not None:
             self._pack(Selection(ok.index_select(0, rows), self.shape))
 
+    def _read_all(self) -> tuple[dict[str, int], LongTensor | None, int]:
+        # A forward that changes nothing afterwards leaves the counting to those who ask.
+        return (self.codec.nbytes(), None, 0) if self._read_whole is True else self._read_whole
+
     def read_bytes(self) -> dict[str, int]:
         """Return the bytes that the attention of the last forward read (see `KVCache.read_bytes`)."""
         if self._read_whole is None:
             return self.reader.read_bytes()
-        stored, counts, new = self._read_whole
+        stored, counts, new = self._read_all()
         if counts is not None:  # laid out with padding for the forward, which is no entry
             real, slots = int(counts.sum()) + new, counts.numel() * int(counts.max()) + new
             stored = {tier: n * real // slots for tier, n in stored.items()}
@@ -506,7 +419,3 @@ class KVLayer:
         named["meta"] = named["meta"] | {name: t for name, t in own.items() if t is not None}
         named["meta"] |= self.reader.tensors()
         return named | {"state": self.states | self.notes}
-
-
-def _wider(state: Tensor) -> Tensor:
-    return torch.cat((state, state.new_zeros(*state.shape[:2], 1, *state.shape[3:])), 2)

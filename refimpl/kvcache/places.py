@@ -13,9 +13,10 @@ class Places:
 
     Slots are then in no order: their positions in the text tell how old they are.
 
-    Parameters: shape (B, G, S), slots held by each head; the free one is at first behind them. ranked: whether
-    to follow the slots' rank, their number in order of age, [1, 1, S + 1] or [B, G, S + 1] (a free slot is the
-    newest), else None.
+    Parameters
+    - shape: (B, G, S), S slots held by each head; the free one is at first behind them.
+    - ranked: whether to follow `rank`, each slot's number in order of age, [1, 1, S + 1] or [B, G, S + 1] (a
+      free slot is the newest); else it is None.
 
     >>> places = Places((1, 2, 3), ranked=True)
     >>> state = torch.tensor([[[7., 8., 9., 0.], [7., 8., 9., 0.]]])
@@ -37,7 +38,7 @@ class Places:
         self.rank = torch.arange(S + 1, device=device).view(1, 1, -1) if ranked else None
 
     def free(self, dropped: LongTensor) -> None:
-        """Free the slots `dropped` [B, G] or, the same for all, [1, 1]; those free before have been filled."""
+        """Free the slots `dropped` [B, G] or, the same for all, [1, 1]; those free before are filled."""
         self._rows = (self._first + dropped).flatten()
         if self.rank is not None:
             dropped = dropped[..., None]

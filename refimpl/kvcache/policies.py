@@ -36,8 +36,9 @@ class KVPolicy:
     - stretches: `keep` returns slices, of few stretches of the text. With compact positions only the keys
       of stretches before the last are then turned at every step.
 
-    A policy that drops one token for every new one may also have an attribute `steady` and a method `drop`:
-    see there. Both count only in the class that defines `drop` itself, not in its subclasses.
+    - steady: the slots held by a policy that drops one token for every new one and says which by `replace`;
+      None: it has no such state. A subclass that shall use `replace` has to define it anew: what it does
+      elsewhere may differ.
     """
 
     positions: ClassVar[str] = "original"
@@ -63,13 +64,12 @@ class KVPolicy:
         """Return what stays: a mask [S] or [B, G, S], indices [n] or [B, G, n], or slices; None: all."""
         return None
 
-    def drop(self, v: View) -> LongTensor:
-        """Return the one slot that leaves where `steady` + 1 are filled, [B, G] or, one for all, [1, 1].
+    def replace(self, v: View) -> LongTensor:
+        """Of `steady` + 1 slots, return the one that leaves, [B, G] or, one for all, [1, 1].
 
-        Asked instead of `keep` when one token is generated and `steady` slots are held: the next token is
-        then written to the slot that is named here, and nothing else moves. So here, and in the `observe`
-        before it, slots are in no order: `v.pos` tells how old they are, `v.write` finds the new one. With
-        `stretches`, the slot is one of the last stretch.
+        Asked in place of `keep` after a generated token: the next one is written to that slot, and nothing
+        else moves. So here, and in the `observe` before, slots are in no order: `v.pos` tells how old they
+        are, `v.write` finds the new one. With `stretches`, the slot is one of the last stretch.
         """
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class Window(KVPolicy):
     def __init__(self, recent: int) -> None:
         self.recent = self.steady = _size("recent", recent, 1)
 
-    def drop(self, v: View) -> LongTensor:
+    def replace(self, v: View) -> LongTensor:
         return v.oldest()
 
     def keep(self, v: View) -> Tensor | list[slice] | None:
@@ -134,7 +134,7 @@ class StreamingLLM(KVPolicy):
         self.recent, self.sink = _size("recent", recent, 1), _size("sink", sink, 0)
         self.steady = self.sink + self.recent
 
-    def drop(self, v: View) -> LongTensor:
+    def replace(self, v: View) -> LongTensor:
         return v.oldest(self.sink)
 
     def keep(self, v: View) -> Tensor | list[slice] | None:
@@ -170,7 +170,7 @@ class Random(KVPolicy):
         B, G, _ = v.shape
         v.write("priority", torch.rand(B, G, v.T, generator=self.generator).to(v.device))
 
-    def drop(self, v: View) -> LongTensor:
+    def replace(self, v: View) -> LongTensor:
         return v.slot["priority"].masked_fill(v.pos == v.seen - 1, 2).argmin(-1)  # the newest stays
 
     def keep(self, v: View) -> LongTensor | None:

@@ -118,12 +118,13 @@ class Padding:
 
     def __init__(self, counts: LongTensor, room: int = 0) -> None:
         self.room = room
-        ends, counts = counts.flatten().cumsum(0).view(*counts.shape, 1), counts[..., None]
-        # Distance from a head's end; where there is room nothing is read, so any index will do.
-        back = torch.arange(int(counts.max()), -room, -1, device=counts.device)
+        flat = counts.flatten()
+        most = int(flat.max())
+        ends, counts = flat.cumsum(0).view(*counts.shape, 1), counts[..., None]
+        back = torch.arange(most, -room, -1, device=counts.device)  # distance from a head's end
         self.ok = back <= counts
-        # A padded slot repeats the head's first entry: its content is finite, and `ok` hides it.
-        self.index = (ends - back.clamp(min=1).minimum(counts)).clamp_(0, int(ends[-1, -1]) - 1)
+        # A padded slot repeats an entry of the head, room its last one: finite, and hidden or written over.
+        self.index = (ends - back.clamp(1).minimum(counts)).clamp_(0)
 
     def apply(self, flat: Tensor, new: Tensor | float | None = None) -> Tensor:
         """Lay [N, ...] out as [B, G, S, ...], with `new` [B, G, room, ...] where there is room."""

@@ -56,7 +56,7 @@ class TOVA(KVPolicy):
         weights = v.attn_lastw(1).sum((2, 3), dtype=torch.float32)
         return (weights if self.p is None else weights * v.slot["norm"]).sum(1)
 
-    def drop(self, v: View) -> LongTensor:
+    def replace(self, v: View) -> LongTensor:
         score = self.score(v)
         if self.newest:
             score = score.masked_fill(v.pos[:, 0] == v.seen - 1, torch.inf)

@@ -18,7 +18,7 @@ class View:
     """A window on one layer after one forward (or after all chunks of a prefill), for policies.
 
     Shapes: B rows, G KV heads, R = H/G query heads that share one, T new tokens, S slots (the new ones last,
-    in order of arrival; in no order when a policy is asked to `drop` one), D head dim, d model width.
+    in order of arrival; in no order when a policy is asked what to `replace`), D head dim, d model width.
 
     Attributes
     - shape: (B, G, S); layer, n_layers: index of the layer, number of layers.

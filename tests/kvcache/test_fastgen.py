@@ -7,6 +7,7 @@ from cache_runs import check_padding_and_chunks, close, run
 from refimpl.checks.tiny import FAMILIES, random_ids, tiny
 from refimpl.kvcache import KVCache
 from refimpl.kvcache import attention as attention_module
+from refimpl.kvcache import fastgen as fastgen_module
 from refimpl.kvcache.fastgen import FastGen
 
 SPECIAL, PUNCTUATION = [0, 2], [5, 6, 7, 8]
@@ -62,7 +63,7 @@ def test_the_rule_is_the_first_that_recovers_enough(llama):
     for weights, rule, kind in Seen.maps:
         for b, g in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
             a, distance = weights[b, g], torch.arange(n)[:, None] - torch.arange(n)
-            special = kind[b, g] == 1
+            special = kind[b, g] == fastgen_module.SPECIAL
             frequent = torch.zeros(n, dtype=torch.bool)
             frequent[a.sum(0).topk(5).indices] = True
             sets = [special, kind[b, g] > 0, (kind[b, g] > 0) | frequent]

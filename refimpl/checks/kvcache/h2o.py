@@ -102,8 +102,10 @@ def _stream(policy: object, seed: int) -> Iterator[SimpleNamespace]:
     """Feed a prompt, three tokens at once, then single ones; yield what each forward saw and left.
 
     Query t pays token i an attention fixed beforehand, normalised over what is held. The slot states that
-    the policy declares are carried along with the slots that stay.
+    the policy declares are carried along with the slots that stay. A policy whose class has `replace` is
+    asked for that where it can be, and then sees its slots shuffled.
     """
+    replaces = "replace" in vars(type(policy))
     draw = torch.Generator().manual_seed(seed)
     scores = 1.5 * torch.randn(B, G, R, N, N, generator=draw) + torch.randn(B, G, 1, 1, N, generator=draw)
     values = torch.randn(B, G, N, D, generator=draw)
@@ -119,10 +121,19 @@ def _stream(policy: object, seed: int) -> Iterator[SimpleNamespace]:
         first += T
         weights = scores[:, :, :, new].take_along_dim(held[:, :, None, None], -1)
         weights = weights.masked_fill(held[:, :, None, None] > new[:, None], -torch.inf).softmax(-1)
-        v = _view(weights, held, new, values.take_along_dim(held[..., None], 2), states)
+        before, shown, keep = held, weights, None
+        one = replaces and T == 1 and held.shape[-1] == policy.steady + 1
+        if one:
+            order = torch.rand(B, 1, held.shape[-1], generator=draw).argsort(-1).expand(B, G, -1)
+            held, shown = held.gather(-1, order), weights.take_along_dim(order[:, :, None, None], -1)
+            states = {name: t.gather(-1, order) for name, t in states.items()}
+        v = _view(shown, held, new, values.take_along_dim(held[..., None], 2), states)
         policy.observe(v)
-        keep = policy.keep(v)
-        before = held
+        if one:  # what stays, in order of age again
+            age = held.scatter(-1, policy.replace(v).expand(B, G)[..., None], N)
+            keep = age.argsort(-1)[..., :-1]
+        else:
+            keep = policy.keep(v)
         if keep is not None:
             if keep.dtype == torch.bool:
                 keep = keep.expand(held.shape).nonzero()[:, -1].view(B, G, -1)
@@ -144,13 +155,18 @@ def _view(weights: Tensor, held: Tensor, new: Tensor, values: Tensor, states: di
     """What a policy sees of a layer after a forward with these weights [B, G, R, T, S]."""
     S, T = held.shape[-1], len(new)
     rows = lambda part: weights[:, :, :, part]  # noqa: E731
+    arrived = torch.isin(held, new)
+
+    def write(name: str, numbers: Tensor) -> None:
+        states[name][arrived] = numbers.flatten()
+
     attention = SimpleNamespace(
         q=torch.zeros(B, G, R, T, D), k=values, v=values, pos=held, at=new.expand(B, G, T), weights=rows
     )
     return SimpleNamespace(
         shape=(B, G, S), S=S, T=T, seen=int(new[-1]) + 1, prefill=len(new) == PROMPT, layer=0, n_layers=1,
-        full=True, count=S, rank=torch.arange(S), pos=held, ok=torch.ones(B, G, S, dtype=torch.bool),
-        device=weights.device, slot=states, q=attention.q, k=values, v=values, attention=attention,
+        full=True, count=S, rank=held.argsort(-1).argsort(-1), pos=held, ok=torch.ones(B, G, S, dtype=torch.bool),
+        new_v=values[arrived].view(B, G, T, D), write=write, device=weights.device, slot=states, q=attention.q, k=values, v=values, attention=attention,
         attn=weights, attn_rows=rows, attn_sum=lambda: weights.sum(3),
         attn_lastw=lambda w: weights[:, :, :, -w:],
     )  # fmt: skip

@@ -54,16 +54,24 @@ def _reference(budget: int, L: int, s: int, o: int, ladder: str, layer: int, n: 
 
 
 def _stream(policy: object, layer: int, L: int, chunks: list[int]) -> list[int]:
-    """Original positions of what a policy keeps."""
-    held, seen = torch.empty(0, dtype=torch.long), 0
+    """Original positions of what a policy keeps; where it has `replace`, it is asked with slots shuffled."""
+    held, seen, draw = torch.empty(0, dtype=torch.long), 0, torch.Generator().manual_seed(layer)
+    replaces = "replace" in vars(type(policy))
     for T in chunks:
         held = torch.cat([held, torch.arange(seen, seen + T)])
-        seen, S = seen + T, len(held) + 0
+        seen, S = seen + T, len(held)
+        one = replaces and T == 1 and S - 1 == policy.steady
+        if one:
+            held = held[torch.randperm(S, generator=draw)]
         view = SimpleNamespace(
             shape=(1, 1, S), S=S, T=T, seen=seen, prefill=seen == T, layer=layer, n_layers=L, full=True,
-            count=S, rank=torch.arange(S), pos=held.expand(1, 1, S), device=held.device, slot={}, notes={},
+            count=S, rank=held.argsort().argsort(), pos=held.expand(1, 1, S), device=held.device, slot={}, notes={},
             ok=torch.ones(1, 1, S, dtype=torch.bool),
         )  # fmt: skip
+        if one:
+            gone = int(policy.replace(view))
+            held = torch.cat((held[:gone], held[gone + 1 :])).sort().values
+            continue
         keep = policy.keep(view)
         if keep is not None:
             parts = keep if isinstance(keep, list) else [keep.flatten()]  # stretches, or a mask

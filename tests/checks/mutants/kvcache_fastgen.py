@@ -72,11 +72,11 @@ class WindowStandsStill(FastGen):
 class FrequentNumberOfThePrompt(FastGen):
     """The number of frequent tokens stays what it was at the end of the prompt."""
 
-    def _sets(self, v):
+    def _frequent(self, v, heads):
         if v.prefill:
             v.notes["length"] = torch.full((v.shape[0], 1, 1), v.seen)
-        view = type("View", (), {**vars(v), "seen": v.notes["length"], "ok": v.ok, "full": v.full})()
-        return super()._sets(view)
+        view = {"seen": int(v.notes["length"][0]), "S": v.S, "slot": v.slot, "notes": v.notes, "ok": v.ok}
+        return super()._frequent(type("View", (), view)(), heads)
 
 
 MUTANTS = [

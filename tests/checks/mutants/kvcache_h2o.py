@@ -66,6 +66,20 @@ class FirstHeadOfTheGroup(H2O):
             v.slot["norm"][:] = v.v.norm(p=self.p, dim=-1)
 
 
+class RecentMayGo(H2O):
+    """While it generates, the recent tokens compete with the heavy hitters."""
+
+    def replace(self, v):
+        return self.score(v).argmin(-1)
+
+
+class HeadsDropAlone(TOVA):
+    """While it generates, each KV head drops the token to which it attends least."""
+
+    def replace(self, v):
+        return v.attn_lastw(1).sum((2, 3)).argmin(-1)
+
+
 class HeadsChooseAlone(TOVA):
     def keep(self, v):
         if v.S <= self.budget:
@@ -159,7 +173,9 @@ MUTANTS = [
     ("h2o", "recent tokens are not protected", NoRecent),
     ("h2o", "attention of the prompt is not counted", PromptNotCounted),
     ("h2o", "one query head stands for its group", FirstHeadOfTheGroup),
+    ("h2o", "recent tokens are not protected in decoding", RecentMayGo),
     ("tova", "each head chooses for itself", HeadsChooseAlone),
+    ("tova", "each head chooses for itself in decoding", HeadsDropAlone),
     ("tova", "the newest token always stays", NewestAlwaysStays),
     ("tova", "attention is accumulated", Remembers),
     ("tova", "the last tokens stay", LastTokens),

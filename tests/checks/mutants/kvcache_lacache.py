@@ -47,6 +47,14 @@ class NewestThinned(LaCache):
         self.blocks = (self.limit - self.sink) // self.kept
 
 
+class SamePlaceInEveryLayer(LaCache):
+    """While it generates, all layers drop the first of a block."""
+
+    def replace(self, v):
+        start, _ = self._thin(v, v.seen - 1 - self.limit)
+        return (v.rank == start).long().argmax(-1)
+
+
 MUTANTS = [
     ("lacache", "a window with sinks", Streaming),
     ("lacache", "all layers keep the same places", NoLadder),
@@ -54,4 +62,5 @@ MUTANTS = [
     ("lacache", "the cursor never moves on", CursorStandsStill),
     ("lacache", "compaction comes one token early", BeforeTheStep),
     ("lacache", "the newest tokens are thinned too", NewestThinned),
+    ("lacache", "all layers drop the same places in decoding", SamePlaceInEveryLayer),
 ]

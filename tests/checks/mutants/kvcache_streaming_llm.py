@@ -17,6 +17,13 @@ class _NoSinks(StreamingLLM):
         return None if v.S <= size else [slice(v.S - size, v.S)]
 
 
+class _SinksSlide(StreamingLLM):
+    """While it generates, the oldest token goes, be it a sink."""
+
+    def replace(self, v):
+        return v.oldest()
+
+
 class _AbsoluteQuery(KVCache):
     """Keys of the window at compact positions, the query at its own: the trap of the old SinkCache."""
 
@@ -41,6 +48,11 @@ def no_sinks(model, recent, sink=4):
     return KVCache(model, _NoSinks(recent, sink))
 
 
+def sinks_slide(model, recent, sink=4):
+    _check(model, recent, sink)
+    return KVCache(model, _SinksSlide(recent, sink))
+
+
 def absolute_query(model, recent, sink=4):
     return _AbsoluteQuery(model, _check(model, recent, sink))
 
@@ -48,5 +60,6 @@ def absolute_query(model, recent, sink=4):
 MUTANTS = [
     ("streaming_llm", "keys keep their places in the text", original),
     ("streaming_llm", "a window without sinks", no_sinks),
+    ("streaming_llm", "sinks go when the window slides", sinks_slide),
     ("streaming_llm", "the newest token at its absolute position", absolute_query),
 ]

@@ -53,7 +53,7 @@ SOURCES = ["data/kvcache_grid.py", "refimpl/backbone.py"] + sorted(
 )
 STREAM_SOURCES = ["data/kvcache_grid.py"] + [
     f"refimpl/kvcache/{name}.py" for name in ("attention", "cache", "codecs", "h2o", "lacache", "layer",
-    "policies", "rope", "slots", "texts", "view")
+    "places", "policies", "rope", "slots", "steps", "texts", "view")
 ]  # fmt: skip
 MODEL, STREAM_MODEL = "llama-mini", "llama-nano"
 OTHERS, OTHER_BUDGET = ("llama-nano",), 1 / 4

@@ -121,6 +121,19 @@ class Attention:
         return (weights.flatten(2, 3) @ self.v).view(*weights.shape[:4], -1)
 
 
+def token_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Softmax weights [B, G, R, S], in q's dtype, of one token that sees all: q [B, G, R, D], k [B, G, S, D].
+
+    >>> one = torch.ones(1, 1, 1, 4)
+    >>> token_weights(one, one.expand(1, 1, 2, 4), 0.5).tolist()
+    [[[[0.5, 0.5]]]]
+    """
+    scores = (q @ k.mT).mul_(scale)
+    if q.dtype == torch.float32:
+        return scores.softmax(-1)
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+
+
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, **kwargs: object,

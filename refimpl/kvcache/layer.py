@@ -123,16 +123,16 @@ class KVLayer(Steps):
         if one and self.plain:
             return self._step(q, k, v, scale) if self.counts is None else self._step_ragged(q, k, v, scale)
         self._check(k, mask, window)
+        if self.rope is not None and position_ids is None:
+            raise ValueError("position_ids: None; compact positions need them from the model")
+        if one and self.swaps and not k.requires_grad and (self.places or self._make_room()):
+            return self._swap(q, k, v, scale, position_ids)
         if self.rope is not None:
-            if position_ids is None:
-                raise ValueError("position_ids: None; compact positions need them from the model")
             if self.stretches is None:
                 q, k = self.rope.back(q, position_ids), self.rope.back(k, position_ids)
             else:
                 q = self.rope.to_index(q, position_ids, self.seen)
                 k = self.rope.to_index(k, position_ids, self.seen)
-        if one and self.swaps and not k.requires_grad and (self.places or self._make_room()):
-            return self._swap(q, k, v, scale)
         prefill = self.seen == 0 or self.stage.chunking
         if "ids" in self.policy.needs:
             self.ids.append(self.stage.ids)

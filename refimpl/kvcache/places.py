@@ -35,24 +35,33 @@ class Places:
         self._last = S
         self._first = torch.arange(0, B * G * (S + 1), S + 1, device=device).view(B, G)
         self._rows = (self._first + S).flatten()  # the free slots, in a tensor flattened to [B · G · (S + 1)]
+        self._size, self._alike = B * G * (S + 1), self._rows[:1]
         self.rank = torch.arange(S + 1, device=device).view(1, 1, -1) if ranked else None
 
     def free(self, dropped: LongTensor) -> None:
         """Free the slots `dropped` [B, G] or, the same for all, [1, 1]; those free before are filled."""
-        self._rows = (self._first + dropped).flatten()
+        self._rows, self._alike = (self._first + dropped).flatten(), dropped.flatten()
         if self.rank is not None:
-            dropped = dropped[..., None]
-            rank = self.rank - (self.rank > self.rank.take_along_dim(dropped, -1)).long()
-            self.rank = rank.scatter(-1, dropped.expand(*rank.shape[:2], 1), self._last)
+            if len(self._alike) > self.rank.shape[:2].numel():  # heads differ from now on
+                self.rank = self.rank.expand(*dropped.shape, -1).contiguous()
+            younger = self.rank > self.take(self.rank)
+            self.rank.add_(younger, alpha=-1)
+            self.put(self.rank, self._last)
 
     def put(self, t: Tensor, new: Tensor | float) -> None:
-        """Write the new tokens' [B, G, 1, ...], or one number, to the free slots of t [B, G, S + 1, ...]."""
+        """Write the new tokens' [B, G, 1, ...], or one number, to the free slots of t [B, G, S + 1, ...].
+
+        If the same slot is free everywhere, t may also be [1, 1, S + 1].
+        """
         flat = t.flatten(0, 2)
+        rows = self._rows if len(flat) == self._size else self._alike
         if isinstance(new, Tensor):
-            flat.index_copy_(0, self._rows, new.reshape(len(self._rows), *flat.shape[1:]))
+            flat.index_copy_(0, rows, new.reshape(len(rows), *flat.shape[1:]))
         else:
-            flat.index_fill_(0, self._rows, new)
+            flat.index_fill_(0, rows, new)
 
     def take(self, t: Tensor) -> Tensor:
-        """Return what t [B, G, S + 1, ...] holds at the free slots, [B, G, 1, ...]."""
-        return t.flatten(0, 2).index_select(0, self._rows).view(*t.shape[:2], 1, *t.shape[3:])
+        """Return what t [B, G, S + 1] (or [1, 1, S + 1]) holds at the free slots, [B, G, 1]."""
+        flat = t.flatten()
+        rows = self._rows if len(flat) == self._size else self._alike
+        return flat.index_select(0, rows).view(*t.shape[:2], 1)

@@ -57,7 +57,9 @@ class Rope:
         self.table: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0, 1, 2, ...
         # The layers of a model ask one after another for the same angles.
         self.model_angles: tuple[LongTensor, Rotation] | None = None
-        self.one_place: tuple[int, Rotation] | None = None
+        self.paired_back: tuple[LongTensor, Rotation] | None = None
+        self.paired_place: tuple[LongTensor, int, Rotation] | None = None
+        self.circle: Tensor | None = None  # cos + i sin of positions 0, 1, 2, ...
         self.from_model: tuple[LongTensor, int, Rotation] | None = None
         self.shifts: dict[int, Rotation] = {}
 
@@ -71,18 +73,6 @@ class Rope:
     def turn(self, t: Tensor, pos: LongTensor) -> Tensor:
         """Rotate t [B, N, T, D] to pos [T] or [B, 1|N, T]."""
         return _turn(t, _rotation(self._angle(pos if pos.ndim != 2 else pos[:, None]), self.scale))
-
-    def turn_one(self, t: Tensor, place: int) -> Tensor:
-        """Rotate all of t [B, N, T, D] to the same position."""
-        if self.one_place is None or self.one_place[0] != place:
-            at = torch.tensor([place], device=t.device)
-            self.one_place = place, _rotation(self._angle(at), self.scale)
-        return _turn(t, self.one_place[1])
-
-    def turn_ranks(self, t: Tensor, rank: LongTensor) -> Tensor:
-        """Rotate t [B, N, T, D] to `rank` [1|B, 1|N, T], a permutation of 0..T-1 for each head."""
-        table = self._table(rank.shape[-1], t.device)
-        return _turn(t, tuple(part.index_select(0, rank.flatten()).view(*rank.shape, -1) for part in table))
 
     def turn_first(self, t: Tensor, start: int = 0) -> Tensor:
         """Rotate t [B, N, T, D] to start, start + 1, ..., from a table that is computed once."""
@@ -98,6 +88,53 @@ class Rope:
 
     def _angle(self, pos: LongTensor) -> Tensor:
         return pos[..., None].float() * self.inv_freq.float().to(pos.device)  # as the model computes it
+
+    # --- the same with pairs (j, j + D/2) side by side: as complex numbers they turn by one product ---------
+    def pair(self, t: Tensor) -> Tensor:
+        """Lay the pairs of t [..., D] side by side.
+
+        >>> from refimpl.checks.tiny import tiny
+        >>> rope, t = Rope(Backbone(tiny("llama"))), torch.arange(8)
+        >>> rope.pair(t).tolist(), rope.unpair(rope.pair(t)).tolist()
+        ([0, 4, 1, 5, 2, 6, 3, 7], [0, 1, 2, 3, 4, 5, 6, 7])
+        """
+        return t.unflatten(-1, (2, -1)).mT.flatten(-2)
+
+    def unpair(self, t: Tensor) -> Tensor:
+        """Undo `pair`."""
+        return t.unflatten(-1, (-1, 2)).mT.flatten(-2)
+
+    def back_paired(self, t: Tensor, pos: LongTensor) -> Tensor:
+        """Undo the model's rotation of t [B, N, 1, D] to pos [1|B, 1], and pair."""
+        if self.paired_back is None or self.paired_back[0] is not pos:
+            self.paired_back = pos, self._paired(-self._angle(pos[:, None]), 1 / self.scale)
+        return self._turn_paired(t, self.paired_back[1])
+
+    def place_paired(self, t: Tensor, pos: LongTensor, place: int) -> Tensor:
+        """Turn t [B, N, 1, D] from the model's positions pos [1|B, 1] to one place, and pair."""
+        known = self.paired_place
+        if known is None or known[0] is not pos or known[1] != place:
+            angle = self._angle(torch.full_like(pos, place)[:, None]) - self._angle(pos[:, None])
+            self.paired_place = known = pos, place, self._paired(angle)
+        return self._turn_paired(t, known[2])
+
+    def turn_paired(self, t: Tensor, rank: LongTensor) -> Tensor:
+        """Rotate paired t [B, N, T, D] to `rank` [1|B, 1|N, T], a permutation of 0..T-1 for each head."""
+        T = rank.shape[-1]
+        if self.circle is None or len(self.circle) < T or self.circle.device != t.device:
+            cos, sin = self._table(T, t.device)
+            self.circle = torch.complex(cos[:, : sin.shape[1]].contiguous(), sin)
+        turns = self.circle.index_select(0, rank.flatten()).view(*rank.shape, -1)
+        wide = torch.view_as_complex(t.float().view(*t.shape[:-1], -1, 2))
+        return torch.view_as_real(wide * turns).flatten(-2).to(t.dtype)
+
+    def _paired(self, angle: Tensor, scale: float = 1.0) -> Rotation:
+        rotation = _rotation(angle, scale)
+        return self.pair(rotation) if isinstance(rotation, Tensor) else rotation
+
+    def _turn_paired(self, t: Tensor, rotation: Rotation) -> Tensor:
+        turned = _turn(t, rotation)  # a matrix has paired columns
+        return turned if isinstance(rotation, Tensor) else self.pair(turned)
 
     # --- keys stored turned to their index in the text ------------------------------------------------------
     def to_index(self, t: Tensor, pos: LongTensor, start: int) -> Tensor:
@@ -149,7 +186,7 @@ def _turn(t: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs (j, j + D/2) of t [..., D]."""
     half, wide = t.shape[-1] // 2, t.float()
     if isinstance(rotation, Tensor):
-        return (wide @ rotation).to(t.dtype)
+        return wide @ rotation if t.dtype == torch.float32 else (wide @ rotation).to(t.dtype)
     cos, sin = rotation
     out = wide * cos
     out[..., :half].addcmul_(wide[..., half:], sin, value=-1)

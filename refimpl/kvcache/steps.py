@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
-from refimpl.kvcache.attention import Attention
+from refimpl.kvcache.attention import Attention, token_weights
 from refimpl.kvcache.codecs import Codec
 from refimpl.kvcache.places import Places
 from refimpl.kvcache.policies import KVPolicy
@@ -62,45 +62,48 @@ class Steps:
         self.x = None
         return out.view(B, 1, -1, q.shape[3])
 
-    def _swap(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _swap(self, q: Tensor, k: Tensor, v: Tensor, scale: float, position_ids: LongTensor | None) -> Tensor:
         """Put one token where another has left, attend, and let the policy say who leaves next."""
-        B, G, S = self.shape
-        places = self.places
+        (B, G, S), places, rope = self.shape, self.places, self.rope
+        if self.stretches is not None:
+            q, k = (rope.to_index(t, position_ids, self.seen) for t in (q, k))
+        elif rope is not None:
+            q, k = rope.place_paired(q, position_ids, S), rope.back_paired(k, position_ids)
         self.codec.put(places, k, v)
         self.seen += 1
         self._read_whole = self.codec.nbytes(), None, 0
-        q = q.view(B, G, -1, *q.shape[2:])
-        k, v = self.codec.read()
+        q = q.view(B, G, -1, q.shape[3])
+        new_v, (k, v) = v, self.codec.read()
         if self.stretches is not None:
             k = self._turned_on(k)
-        elif self.rope is not None:
-            q, k = self.rope.turn_one(q.flatten(1, 2), S).view(q.shape), self.rope.turn_ranks(k, places.rank)
-        attention = Attention(q, k, v, scale, self._pos, None)
+        elif rope is not None:
+            k = rope.turn_paired(k, places.rank)
         weights = None
         if self.scores:
-            weights = attention.weights()
-            out = attention._mix(weights)
+            weights = token_weights(q, k, scale)
+            out = weights @ v
         else:
-            out = attention.output()
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
         view = View(
-            attention, read=self.codec.read, pos=self._pos, shape=(B, G, S + 1), layer=self.index,
-            n_layers=self.n_layers, prefill=False, seen=self.seen, slot=self._states, x=self.x,
-            notes=self.notes, ids=self.stage.ids, weights=weights, places=places,
+            Attention(q.unsqueeze(3), k, v, scale, self._pos, None), read=self._read, pos=self._pos,
+            shape=(B, G, S + 1), layer=self.index, n_layers=self.n_layers, prefill=False, seen=self.seen,
+            slot=self._states, x=self.x, notes=self.notes, ids=self.stage.ids, sums=weights, places=places,
+            new_v=new_v,
         )  # fmt: skip
         self.policy.observe(view)
         dropped = self.policy.replace(view)
+        if self._pos.shape[:2] != dropped.shape:
+            self._pos, dropped = self._pos.expand(B, G, -1).contiguous(), dropped.expand(B, G)
         places.free(dropped)
         for state in self._states.values():
             places.put(state, 0)
-        if self._pos.shape[:2] != dropped.shape:
-            self._pos = self._pos.expand(B, G, -1).contiguous()
-        self._pos.scatter_(-1, dropped[..., None].expand(*self._pos.shape[:2], 1), self.seen)
+        places.put(self._pos, self.seen)
         if self.stretches is not None:
             self.stretches.slide()
         self.x = None
         if self.index == self.n_layers - 1:
             self.stage.ids = None
-        return out.flatten(1, 2).transpose(1, 2)
+        return out.view(B, 1, -1, q.shape[3])
 
     def _make_room(self) -> Places | None:
         """Start to swap, if a token leaves for each that comes: one more slot in each head for the next."""
@@ -111,15 +114,23 @@ class Steps:
         pos = self.pos if self.pos.ndim == 3 else self.pos[None, None]
         ranked = self.rope is not None and self.stretches is None
         self.places = Places(self.shape, pos.device, ranked=ranked)
+        if ranked:
+            self.codec.k = self.rope.pair(self.codec.k)
         self.codec.widen()
         self._states = {name: _wider(state) for name, state in self._states.items()}
         self._pos = F.pad(pos, (0, 1), value=self.seen)
         return self.places
 
+    def _read(self) -> tuple[Tensor, Tensor]:
+        k, v = self.codec.read()
+        return (k if self.places.rank is None else self.rope.unpair(k)), v
+
     def _tidy(self) -> None:
         """Stop swapping: slots in order of arrival again, and none that is free."""
         if self.places is None:
             return
+        if self.places.rank is not None:
+            self.codec.k = self.rope.unpair(self.codec.k)
         self.places, pos = None, self._pos
         B, G, S = self.shape
         order = pos.argsort(-1)[..., :S]  # the free slot is the newest

@@ -42,14 +42,14 @@ class View:
         shape: tuple[int, int, int], layer: int, n_layers: int, prefill: bool, seen: int,
         ok: Tensor | None = None, slot: dict[str, Tensor] | None = None, x: Tensor | None = None,
         weights: Tensor | None = None, sums: Tensor | None = None, notes: dict[str, Tensor] | None = None,
-        ids: LongTensor | None = None, places: Places | None = None,
+        ids: LongTensor | None = None, places: Places | None = None, new_v: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.attention, self.layer, self.n_layers = attention, layer, n_layers
         self.prefill, self.seen, self.x, self.ids = prefill, seen, x, ids
         self.shape, self.slot = shape, slot or {}
         self.notes = {} if notes is None else notes
         self._read, self._pos, self._ok = read, pos, ok
-        self._weights, self._sums, self._places = weights, sums, places
+        self._weights, self._sums, self._places, self._new_v = weights, sums, places, new_v
         self.device = attention.q.device
 
     @property
@@ -112,9 +112,7 @@ class View:
     @property
     def new_v(self) -> Tensor:
         """Values [B, G, T, D] of the new tokens."""
-        if self._places is None:
-            return self.attention.v[:, :, -self.T :]
-        return self._places.take(self.attention.v)
+        return self.attention.v[:, :, -self.T :] if self._new_v is None else self._new_v
 
     def write(self, name: str, values: Tensor) -> None:
         """Set the state `name` of the new tokens to values [B, G, T]."""
@@ -131,16 +129,20 @@ class View:
     @cached_property
     def attn(self) -> Tensor:
         """Softmax weights [B, G, R, T, S]; for a long prompt prefer `attn_sum` and `attn_lastw`."""
+        if self._places is not None and self._sums is not None:
+            return self._sums[:, :, :, None]
         return self.attention.weights() if self._weights is None else self._weights
 
     def attn_rows(self, part: slice) -> Tensor:
         """Weights [B, G, R, t, S] of the new queries `part`."""
+        if self._places is not None:
+            return self.attn
         return self.attention.weights(part) if self._weights is None else self._weights[:, :, :, part]
 
     def attn_sum(self) -> Tensor:
         """Weights summed over the new queries, float32 [B, G, R, S]; never more than a block of queries."""
         if self._sums is not None:
-            return self._sums
+            return self._sums.float()
         if self._weights is not None:
             one = self.T == 1
             return self._weights[:, :, :, 0].float() if one else self._weights.sum(3, dtype=torch.float32)

@@ -147,13 +147,15 @@ def test_a_counter_that_jumps_does_not_turn_the_wrong_keys():
 
 def test_ranks_are_the_order_of_age():
     draw = generator(3)
-    for shape in ((1, 1), (2, 3)):
-        places, pos = Places((2, 3, 6), ranked=True), torch.arange(7).repeat(*shape, 1)
+    for shapes in ([(1, 1)], [(2, 3)], [(1, 1)] * 9 + [(2, 3)]):
+        places, pos = Places((2, 3, 6), ranked=True), torch.arange(7).repeat(2, 3, 1)
         for seen in range(7, 40):
+            shape = shapes[min(seen - 7, len(shapes) - 1)]
             dropped = torch.randint(0, 7, shape, generator=draw)
             places.free(dropped)
-            pos.scatter_(-1, dropped[..., None], seen)
-            assert torch.equal(places.rank, pos.argsort(-1).argsort(-1))
+            pos.scatter_(-1, dropped[..., None].expand(2, 3, 1), seen)
+            assert places.rank.shape[:2] == shape
+            assert torch.equal(places.rank.expand(2, 3, 7), pos.argsort(-1).argsort(-1))
 
 
 def test_a_view_of_places():
@@ -164,9 +166,10 @@ def test_a_view_of_places():
     view = View(
         Attention(q, kv, kv, 0.5, pos, None), read=lambda: (kv, kv), pos=pos, shape=(1, 2, 4), layer=0,
         n_layers=1, prefill=False, seen=4, slot={"age": torch.zeros(1, 2, 4)}, places=places,
+        new_v=kv[:, :, :1],
     )  # fmt: skip
     assert view.rank.tolist() == pos.tolist()
-    assert torch.equal(view.new_v, torch.stack((kv[0, 0, 1], kv[0, 1, 0])).view(1, 2, 1, 4))
+    assert places.take(pos).tolist() == [[[3], [3]]] and torch.equal(view.new_v, kv[:, :, :1])
     view.write("age", torch.tensor([[[5.0], [6.0]]]))
     assert view.slot["age"].tolist() == [[[0, 5, 0, 0], [6, 0, 0, 0]]]
     assert view.oldest().tolist() == [[0, 1]] and view.oldest(2).tolist() == [[2, 2]]

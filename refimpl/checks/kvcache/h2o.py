@@ -165,8 +165,9 @@ def _view(weights: Tensor, held: Tensor, new: Tensor, values: Tensor, states: di
     )
     return SimpleNamespace(
         shape=(B, G, S), S=S, T=T, seen=int(new[-1]) + 1, prefill=len(new) == PROMPT, layer=0, n_layers=1,
-        full=True, count=S, rank=held.argsort(-1).argsort(-1), pos=held, ok=torch.ones(B, G, S, dtype=torch.bool),
-        new_v=values[arrived].view(B, G, T, D), write=write, device=weights.device, slot=states, q=attention.q, k=values, v=values, attention=attention,
+        full=True, count=S, rank=held.argsort(-1).argsort(-1), pos=held,
+        ok=torch.ones(B, G, S, dtype=torch.bool), device=weights.device, slot=states, write=write,
+        q=attention.q, k=values, v=values, new_v=values[arrived].view(B, G, T, D), attention=attention,
         attn=weights, attn_rows=rows, attn_sum=lambda: weights.sum(3),
         attn_lastw=lambda w: weights[:, :, :, -w:],
     )  # fmt: skip

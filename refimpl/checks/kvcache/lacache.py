@@ -65,8 +65,8 @@ def _stream(policy: object, layer: int, L: int, chunks: list[int]) -> list[int]:
             held = held[torch.randperm(S, generator=draw)]
         view = SimpleNamespace(
             shape=(1, 1, S), S=S, T=T, seen=seen, prefill=seen == T, layer=layer, n_layers=L, full=True,
-            count=S, rank=held.argsort().argsort(), pos=held.expand(1, 1, S), device=held.device, slot={}, notes={},
-            ok=torch.ones(1, 1, S, dtype=torch.bool),
+            count=S, rank=held.argsort().argsort(), pos=held.expand(1, 1, S), device=held.device, slot={},
+            notes={}, ok=torch.ones(1, 1, S, dtype=torch.bool),
         )  # fmt: skip
         if one:
             gone = int(policy.replace(view))

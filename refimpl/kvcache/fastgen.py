@@ -105,7 +105,7 @@ class FastGen(KVPolicy):
     def _frequent(self, v: View, heads: Tensor | int) -> Tensor:
         """The frequent tokens [B, G, S] of the heads that are True in [B, G, 1]; none of the others."""
         number = (self.frequent * (v.seen - v.notes["padding"])).round() * heads
-        most = min(v.S, round(self.frequent * v.seen))
+        most = min(v.S, int(self.frequent * v.seen) + 1)
         return first(v.slot["mass"].masked_fill(~v.ok, -1), number, most)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
 from refimpl.kvcache.attention import Attention, token_weights
-from refimpl.kvcache.codecs import Codec
+from refimpl.kvcache.codecs import Codec, Dense
 from refimpl.kvcache.places import Places
 from refimpl.kvcache.policies import KVPolicy
 from refimpl.kvcache.rope import Rope
@@ -42,7 +42,8 @@ class Steps:
         self.seen += 1
         B, G, S = self.shape
         self.shape = B, G, S + 1
-        self._read_whole = True
+        # Before `commit`, which may compress: only of plain entries as many bytes are stored afterwards.
+        self._read_whole = True if isinstance(self.codec, Dense) else (self.codec.nbytes(), None, 0)
         k, v = self.codec.read()
         out = F.scaled_dot_product_attention(q.view(B, G, -1, q.shape[3]), k, v, scale=scale)
         self.codec.commit(None)
@@ -94,7 +95,7 @@ class Steps:
         dropped = self.policy.replace(view)
         if self._pos.shape[:2] != dropped.shape:
             self._pos, dropped = self._pos.expand(B, G, -1).contiguous(), dropped.expand(B, G)
-        places.free(dropped)
+        places.free(dropped)  # and make the slot ready for the next token
         for state in self._states.values():
             places.put(state, 0)
         places.put(self._pos, self.seen)
@@ -114,7 +115,7 @@ class Steps:
         pos = self.pos if self.pos.ndim == 3 else self.pos[None, None]
         ranked = self.rope is not None and self.stretches is None
         self.places = Places(self.shape, pos.device, ranked=ranked)
-        if ranked:
+        if ranked:  # keys without rotation are turned at every step
             self.codec.k = self.rope.pair(self.codec.k)
         self.codec.widen()
         self._states = {name: _wider(state) for name, state in self._states.items()}

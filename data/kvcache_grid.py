@@ -2,6 +2,7 @@
 
     python data/kvcache_grid.py                 measure what build/kvcache lacks, then join
     python data/kvcache_grid.py --jobs 2        over so many processes of one thread each
+    python data/kvcache_grid.py --device cuda   the same on a GPU, for the grid
     python data/kvcache_grid.py --quick         2 documents, 300 tokens: to see that it runs; stores nothing
 
 A piece of a cell is a file of build/kvcache/, so an interrupted run goes on where it stopped; pieces made
@@ -11,8 +12,8 @@ there.
 - *grid*: llama-mini at five budgets (RetrievalAttention, whose graph is walked in Python, at three): 16
   documents of stories and 16 of pydoc's topics, 768 tokens each, the first 384 in one forward (n = 384): NLL,
   KL and attention error of each document; 32 prompts with 8 facts, the question inside the prompt and after
-  its compression: NLL and exact match of each; bytes held, at most held, read. Beside it llama-nano at a
-  quarter ("others"), with the first 8 documents of a kind and without RetrievalAttention.
+  its compression: NLL and exact match of each; bytes held, at most held, read. Beside it llama-nano and
+  gpt2-mini at a quarter ("others"), with the first 8 documents of a kind and without RetrievalAttention.
 - *streams*: up to 200 000 tokens of stories (row 0) and of pydoc's topics (row 1, repeated where they are
   shorter) in a cache of 256 slots: NLL, bytes and CPU seconds for each block of 2 000 tokens. `STREAMED` says
   how far each method is fed; the full cache eight times the context: cost and NLL show why no further.
@@ -62,7 +63,7 @@ STREAM_SOURCES = ["data/kvcache_grid.py"] + [
     "places", "policies", "rope", "slots", "steps", "texts", "view")
 ]  # fmt: skip
 MODEL, STREAM_MODEL = "llama-mini", "llama-nano"
-OTHERS, OTHER_BUDGET = ("llama-nano",), 1 / 4
+OTHERS, OTHER_BUDGET = ("llama-nano", "gpt2-mini"), 1 / 4
 DOCUMENTS, ITEMS, LENGTH, PROMPT, BATCH = 16, 32, 768, 384, 8
 BLOCK, SLOTS = 2_000, 256
 SLOWEST, FEW_BUDGETS = "retrieval_attention", (1.0, 1 / 4, 1 / 16)
@@ -102,11 +103,13 @@ def punctuation(tokenizer: Any) -> tuple[int, ...]:
     return tuple(i for i, text in texts if text.strip() and not any(c.isalnum() for c in text))
 
 
-def grid_piece(model_name: str, name: str, f: float, piece: str, quick: bool) -> dict[str, Any]:
+def grid_piece(
+    model_name: str, name: str, f: float, piece: str, quick: bool, device: str = "cpu"
+) -> dict[str, Any]:
     """One method at one budget: a batch of documents, or the questions "inside" or "after" the prompt."""
-    model, tokenizer = load(model_name)
+    model, tokenizer = load(model_name, device=device)
     pruning = load_pruning(ADD_ON, revision=revision(MODEL))[0] if METHODS[name].trained else None
-    density = layer_density(model, documents(tokenizer, "stories", 2, PROMPT, seed=9)).tolist()
+    density = layer_density(model, documents(tokenizer, "stories", 2, PROMPT, seed=9).to(device)).tolist()
     marks = punctuation(tokenizer)
 
     def make(n: int):
@@ -117,7 +120,7 @@ def grid_piece(model_name: str, name: str, f: float, piece: str, quick: bool) ->
         return {"nll": found.nll.tolist(), "exact": found.exact.tolist(), "held": found.held}
     kind, part = piece.split()
     rows = documents(tokenizer, kind, DOCUMENTS, LENGTH).split(BATCH)[int(part)]
-    rows = rows[:2, : PROMPT + 24] if quick else rows
+    rows = (rows[:2, : PROMPT + 24] if quick else rows).to(device)
     run = stream(model, make(PROMPT), rows, PROMPT, _reference((model_name, piece), model, rows))
     return {what: getattr(run, what).mean(1).tolist() for what in ("nll", "kl", "error")} | {
         "layers": run.error.mean(0).tolist(),
@@ -172,9 +175,9 @@ def made(cell: Cell, piece: str, sources: dict[str, dict[str, str]]) -> bool:
     return path.is_file() and json.loads(path.read_text())["sources"] == sources[cell[0]]
 
 
-def work(job: tuple[Cell, str, dict[str, str], bool]) -> str:
+def work(job: tuple[Cell, str, dict[str, str], bool, str]) -> str:
     """One piece of a cell in this process."""
-    cell, piece, sources, quick = job
+    cell, piece, sources, quick, device = job
     torch.set_num_threads(1)
     metric, model, name, f = cell
     start = time.perf_counter()
@@ -182,7 +185,7 @@ def work(job: tuple[Cell, str, dict[str, str], bool]) -> str:
         if metric == "stream":
             found = stream_cell(name, quick)
         else:
-            found = grid_piece(model, name, float(f), piece, quick)
+            found = grid_piece(model, name, float(f), piece, quick, device)
     except Exception as error:  # a method's failure must not cost the other cells
         return f"{' '.join((*cell, piece)):60} {type(error).__name__}: {str(error)[:120]}"
     row = found | {"sources": sources, "wall_seconds": time.perf_counter() - start}
@@ -255,7 +258,7 @@ def join(sources: dict[str, dict[str, str]]) -> int:
             RESULTS / "grid.json", command="make results-kvcache", model=MODEL, cells=grids.pop(MODEL),
             others=grids, sources=SOURCES, missing=gone["grid"],
             summary=f"{count} of {sum(c[0] == 'grid' for c in wanted)} cells; {DOCUMENTS} documents a kind, "
-            f"{OTHERS[0]} {BATCH}",
+            f"{' and '.join(OTHERS)} {BATCH}",
             setup={"documents": DOCUMENTS, "length": LENGTH, "prompt": PROMPT}, **about,
         )  # fmt: skip
     if streams:
@@ -275,6 +278,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="cells of these methods")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="cells of these models")
     parser.add_argument("--limit-s", type=float, help="give up cells that are not done by then")
+    parser.add_argument("--device", default="cpu", help="of the grid's models (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny amounts, nothing stored")
     parser.add_argument("--join", action="store_true", help="only make the stored files of what is there")
     args = parser.parse_args()
@@ -291,7 +295,7 @@ def main() -> int:
     todo = [job for job in todo if args.quick or not made(*job, sources)]
     # The longest first; then what has the same reference.
     todo.sort(key=lambda job: (job[0][0] == "grid", job[0][2] != SLOWEST, job[0][1], job[1]))
-    jobs = [(cell, piece, sources[cell[0]], args.quick) for cell, piece in todo]
+    jobs = [(cell, piece, sources[cell[0]], args.quick, args.device) for cell, piece in todo]
     if args.jobs == 1:
         for job in jobs:
             print(work(job), flush=True)

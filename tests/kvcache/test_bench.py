@@ -56,7 +56,7 @@ def test_the_grid_names_every_method_and_stream():
     files = [grid.path_of(cell, piece) for cell in cells for piece in grid.pieces(cell)]
     assert len(set(cells)) == len(cells) and len(set(files)) == len(files)
     assert {cell[2] for cell in cells if cell[0] == "stream"} >= {"window", "streaming_llm", "lacache", "h2o"}
-    assert {cell[1] for cell in cells} == {"llama-nano", "llama-mini"}
+    assert {cell[1] for cell in cells} == {"llama-nano", "llama-mini", "gpt2-mini"}
     blocks = grid.blocks("streaming_llm", torch.randint(300, 400, (2, 12)), new("llama-nano"))
     assert blocks[-1]["tokens"] == 11 and len(blocks[-1]["nll"]) == 2
 

@@ -118,6 +118,9 @@ class KVCache:
         """Return the bytes of all layers: entries, what belongs to them (positions, scales), slot states.
 
         A codec of two tiers adds "host": entries in the memory of the host; the others are the device's.
+
+        Whoever looks sees exactly what stays. Between two generated tokens a policy with `replace` has one
+        slot more in each head, free for the next token, until somebody looks.
         """
         total = dict.fromkeys(("payload", "meta", "state"), 0)
         for layer in self.layers:
